@@ -1,0 +1,99 @@
+# shellcheck shell=bash
+# SPDX-License-Identifier: GPL-2.0
+#
+# The toolchain root: a Debian system in the cache with the compilers that the kernel was built with, and QEMU.
+
+ROOT_PACKAGES=(
+    # kernel and module builds
+    make gcc rustc rust-src rustfmt rust-clippy bindgen clang lld llvm
+    libc6-dev libelf-dev libssl-dev libdw-dev zlib1g-dev bc flex bison kmod cpio xz-utils zstd pahole rsync
+    python3-minimal
+    # programs of the tests
+    cargo ca-certificates liburing-dev
+    # machines
+    qemu-system-x86 busybox-static e2fsprogs
+    # checks
+    shellcheck perl git
+)
+# What comes from SUITE when that is a backports suite; all the rest is from BASE_SUITE, the compilers above all.
+BACKPORTED=(src:linux src:qemu src:seabios)
+
+# The machine's own Debian mirror; nothing where it has none.
+machine_mirror() {
+    [[ -z $MIRROR ]] || { say "$MIRROR"; return; }
+    local codename list sites site
+    # shellcheck source=/dev/null
+    codename=$(. /etc/os-release && [[ $ID == debian ]] && say "${VERSION_CODENAME:-}") || return 0
+    # shellcheck disable=SC2016  # apt expands these
+    list=(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(ORIGIN) $(SITE)' 'Created-By: Packages')
+    sites=$("${list[@]}" | awk -v release="$codename" '$1 == release && $2 == "main" && $3 == "Debian" { print $4 }')
+    [[ -n $sites ]] ||
+        sites=$("${list[@]}" --no-release-info | awk -v release="$codename" '$1 == release && $2 == "main" { print $NF }')
+    for site in $sites; do
+        [[ $site != mirror+file:* ]] || site=$(awk 'NF && !/^#/ { print $1; exit }' "${site#mirror+file:}")
+        case $site in
+        http://* | https://*)
+            say "$site"
+            return
+            ;;
+        esac
+    done
+}
+
+write_root_preferences() {
+    [[ $SUITE != "$BASE_SUITE" ]] || return 0
+    printf 'Package: *\nPin: release n=%s\nPin-Priority: 100\n\n' "$SUITE"
+    printf 'Package: %s\nPin: release n=%s\nPin-Priority: 990\n' "${BACKPORTED[*]}" "$SUITE"
+}
+
+install_mmdebstrap() {
+    [[ -e /usr/bin/mmdebstrap && -e $KEYRING ]] && return
+    command -v apt-get >/dev/null || die "this machine has no apt-get" "use a Debian machine, bookworm or later"
+    say "  installing mmdebstrap and debian-archive-keyring on this machine"
+    step "update the machine's package lists" apt-get update
+    step "install mmdebstrap" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install --yes --no-install-recommends mmdebstrap debian-archive-keyring
+}
+
+# make_root NEW_FOLDER MIRROR: without a mirror mmdebstrap takes Debian's default.
+make_root() {
+    local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences options=() option suite
+    write_root_preferences >"$preferences"
+    options+=("--setup-hook=install -D -m 644 '$preferences' \"\$1/etc/apt/preferences.d/kernel-suite\"")
+    if [[ $SUITE != "$BASE_SUITE" ]]; then
+        for suite in "$BASE_SUITE-updates" "$SUITE"; do
+            options+=("--setup-hook=sed -n 's/ $BASE_SUITE main\$/ $suite main/p' \"\$1/etc/apt/sources.list\" |
+                tee -a \"\$1/etc/apt/sources.list\"")
+        done
+    fi
+    # The machine's proxy and TLS settings hold for the root as well.
+    while read -r option; do
+        options+=("--aptopt=$option")
+    done < <(apt-config dump | grep -iE '^Acquire::https?::' | grep -v ' "";$')
+    mmdebstrap --variant=apt --mode=root --include="$(IFS=, && say "${ROOT_PACKAGES[*]}")" \
+        --aptopt='APT::Install-Recommends "false"' --aptopt='Acquire::Retries "3"' \
+        --aptopt='APT::Sandbox::User "root"' --skip=cleanup/apt/lists \
+        --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+        --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
+        "${options[@]}" "$BASE_SUITE" "$new" ${mirror:+"$mirror"}
+}
+
+ensure_root() {
+    local new=$ROOT.new mirror
+    [[ ! -e $ROOT/.complete ]] || return 0
+    need_root "the toolchain root"
+    KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
+    install_mmdebstrap
+    need_space 4000 "the toolchain root"
+    mkdir -p "$VSOCK_CACHE/root"
+    discard "$new" "$ROOT"
+    mirror=$(machine_mirror)
+    step "install the toolchain root ($SUITE)" make_root "$new" "$mirror"
+    touch "$new/.complete"
+    mv -T "$new" "$ROOT"
+}
+
+# Asks the mirror for its newest package lists.
+update_root_lists() {
+    step "update the root's package lists" in_root apt-get update
+}
