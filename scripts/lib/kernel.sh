@@ -115,8 +115,9 @@ check_compilers() {
 }
 
 ensure_kernel_tree() {
-    local config headers=$KERNEL_DIR/headers
-    [[ ! -e $KERNEL_TREE/.complete ]] || return 0
+    local config headers=$KERNEL_DIR/headers stamp=$KERNEL_TREE/.complete
+    # A prepared tree bears its own path: it is made in place, and anew when the cache was moved.
+    [[ ! -e $stamp || $(<"$stamp") != "$KERNEL_TREE" ]] || return 0
     ensure_root
     ensure_kernel_source
     need_space 700 "the kernel tree"
@@ -127,15 +128,14 @@ ensure_kernel_tree() {
     config=$headers/usr/src/linux-headers-$KERNEL/.config
     COMPILER_MENDING="rm -rf $ROOT, and make it again: the suite may have the right one by now; else another KERNEL=" \
         check_compilers "$config" in_root
-    step "prepare the kernel tree with Rust metadata ($KERNEL)" prepare_kernel_tree "$config" "$KERNEL_TREE.new"
-    discard "$KERNEL_TREE" "$headers"
-    touch "$KERNEL_TREE.new/.complete"
-    mv -T "$KERNEL_TREE.new" "$KERNEL_TREE"
+    step "prepare the kernel tree with Rust metadata ($KERNEL)" prepare_kernel_tree "$config"
+    discard "$headers"
+    say "$KERNEL_TREE" >"$stamp"
 }
 
-# prepare_kernel_tree CONFIG FOLDER
+# prepare_kernel_tree CONFIG
 prepare_kernel_tree() {
-    local config=$1 tree=$2
+    local config=$1 tree=$KERNEL_TREE
     local make=(in_root make -C "$KERNEL_SOURCE" -j"$JOBS" O="$tree" CC="$KERNEL_CC" KERNELRELEASE="$KERNEL")
     discard "$tree"
     mkdir -p "$tree"
