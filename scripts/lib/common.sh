@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # What every script shares: where things are, how a step is shown, logged, skipped and locked.
+# shellcheck disable=SC2034  # the settings are for the scripts that source this
 
 # --- Settings: each can be given in the environment or on make's command line -------------------------------------
 
@@ -36,11 +37,15 @@ die() {
 # step DESCRIPTION COMMAND...: runs the command, shows one line with its time; its output goes to a log, whose end is
 # shown when the command fails. The command runs in a subshell with `set -e`.
 step() {
-    local description=$1 log started=$SECONDS status=0
+    local description=$1 log started=$SECONDS status=0 clock=
     shift
     mkdir -p "$LOGS"
     log=$LOGS/$(tr -cs '[:alnum:].+\n' - <<<"$description").log
-    printf '  %-62s ' "$description"
+    printf '  %-70s ' "$description"
+    if [[ -t 1 ]]; then
+        (while sleep 1; do printf '\r  %-70s %3d s' "$description" $((SECONDS - started)); done) &
+        clock=$!
+    fi
     # Not `if (...)` nor `(...) ||`: these would switch off `set -e` inside.
     set +e
     (
@@ -50,13 +55,18 @@ step() {
     )
     status=$?
     set -e
+    if [[ -n $clock ]]; then
+        kill "$clock"
+        wait "$clock" 2>/dev/null || true
+        printf '\r  %-70s ' "$description"
+    fi
     if ((status == 0)); then
         printf '%3d s\n' $((SECONDS - started))
         return 0
     fi
     printf 'failed after %d s\n' $((SECONDS - started))
     printf '\n--- the end of %s\n' "$log" >&2
-    tail -n 25 "$log" >&2
+    tail -n 40 "$log" >&2
     printf -- '---\n' >&2
     explain_failure "$log" "$description"
 }
@@ -93,15 +103,17 @@ need_space() {
         "free some space, or put the cache elsewhere: VSOCK_CACHE=/other/disk make ..."
 }
 
-# Removes a folder of the cache, never across a mount.
+# Removes folders of the cache, never across a mount.
 discard() {
     rm -rf --one-file-system -- "$@"
 }
 
 # One set-up at a time in a cache. The lock goes with the process that holds it.
 lock_cache() {
-    mkdir -p "$VSOCK_CACHE" 2>/dev/null && [[ -w $VSOCK_CACHE ]] ||
+    mkdir -p "$VSOCK_CACHE" 2>/dev/null || true
+    [[ -w $VSOCK_CACHE ]] ||
         die "cannot write to the cache $VSOCK_CACHE" "sudo make ..., or VSOCK_CACHE=/a/folder/of/yours"
+    trap 'printf "\ninterrupted: the same command again goes on from here\n" >&2; exit 130' INT TERM
     exec {CACHE_LOCK}>"$VSOCK_CACHE/.lock"
     if ! flock --nonblock "$CACHE_LOCK"; then
         say "  waiting for another set-up in $VSOCK_CACHE"

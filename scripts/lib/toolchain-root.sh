@@ -13,7 +13,7 @@ ROOT_PACKAGES=(
     # machines
     qemu-system-x86 busybox-static e2fsprogs
     # checks
-    shellcheck perl git
+    shellcheck perl python3-ply git
 )
 # What comes from SUITE when that is a backports suite; all the rest is from BASE_SUITE, the compilers above all.
 BACKPORTED=(src:linux src:qemu src:seabios)
@@ -57,12 +57,12 @@ install_mmdebstrap() {
 
 # make_root NEW_FOLDER MIRROR: without a mirror mmdebstrap takes Debian's default.
 make_root() {
-    local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences options=() option suite
+    local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences options=() option name
     write_root_preferences >"$preferences"
     options+=("--setup-hook=install -D -m 644 '$preferences' \"\$1/etc/apt/preferences.d/kernel-suite\"")
     if [[ $SUITE != "$BASE_SUITE" ]]; then
-        for suite in "$BASE_SUITE-updates" "$SUITE"; do
-            options+=("--setup-hook=sed -n 's/ $BASE_SUITE main\$/ $suite main/p' \"\$1/etc/apt/sources.list\" |
+        for name in "$BASE_SUITE-updates" "$SUITE"; do
+            options+=("--setup-hook=sed -n 's/ $BASE_SUITE main\$/ $name main/p' \"\$1/etc/apt/sources.list\" |
                 tee -a \"\$1/etc/apt/sources.list\"")
         done
     fi
@@ -80,7 +80,7 @@ make_root() {
 
 ensure_root() {
     local new=$ROOT.new mirror
-    [[ ! -e $ROOT/.complete ]] || return 0
+    [[ ! -e $ROOT/.complete || $(<"$ROOT/.complete") != "${ROOT_PACKAGES[*]}" ]] || return 0
     need_root "the toolchain root"
     KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
     install_mmdebstrap
@@ -89,7 +89,7 @@ ensure_root() {
     discard "$new" "$ROOT"
     mirror=$(machine_mirror)
     step "install the toolchain root ($SUITE)" make_root "$new" "$mirror"
-    touch "$new/.complete"
+    say "${ROOT_PACKAGES[*]}" >"$new/.complete"
     mv -T "$new" "$ROOT"
 }
 
