@@ -72,9 +72,10 @@ ensure_kernel_source() {
     version=$(<"$KERNEL_DIR/package-version")
     KERNEL_SOURCE=$VSOCK_CACHE/source/linux-$version
     [[ ! -d $KERNEL_SOURCE ]] || return 0
-    need_space 4000 "the kernel source"
     series=$(grep -oE '^[0-9]+\.[0-9]+' <<<"$KERNEL")
     new=$KERNEL_SOURCE.new
+    discard "$new"
+    need_space 4000 "the kernel source"
     step "download the source of Linux $version" download_packages "$new" "linux-source-$series=$version"
     step "unpack it" unpack_kernel_source "$new" "linux-source-$series"
     mv -T "$new/linux-source-$series" "$KERNEL_SOURCE"

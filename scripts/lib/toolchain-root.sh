@@ -70,7 +70,9 @@ make_root() {
     while read -r option; do
         options+=("--aptopt=$option")
     done < <(apt-config dump | grep -iE '^Acquire::https?::' | grep -v ' "";$')
-    mmdebstrap --variant=apt --mode=root --include="$(IFS=, && say "${ROOT_PACKAGES[*]}")" \
+    # In namespaces of its own: whatever happens to it, no mount and no process is left.
+    unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
+        mmdebstrap --variant=apt --mode=root --include="$(IFS=, && say "${ROOT_PACKAGES[*]}")" \
         --aptopt='APT::Install-Recommends "false"' --aptopt='Acquire::Retries "3"' \
         --aptopt='APT::Sandbox::User "root"' --skip=cleanup/apt/lists \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
@@ -84,9 +86,9 @@ ensure_root() {
     need_root "the toolchain root"
     KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
     install_mmdebstrap
+    discard "$new" "$ROOT"
     need_space 4000 "the toolchain root"
     mkdir -p "$VSOCK_CACHE/root"
-    discard "$new" "$ROOT"
     mirror=$(machine_mirror)
     step "install the toolchain root ($SUITE)" make_root "$new" "$mirror"
     say "${ROOT_PACKAGES[*]}" >"$new/.complete"
