@@ -43,7 +43,7 @@ step() {
     log=$LOGS/$(tr -cs '[:alnum:].+\n' - <<<"$description").log
     printf '  %-70s ' "$description"
     if [[ -t 1 ]]; then
-        (while sleep 1; do printf '\r  %-70s %3d s' "$description" $((SECONDS - started)); done) &
+        (while sleep 1 && kill -0 $$ 2>/dev/null; do printf '\r  %-70s %3d s' "$description" $((SECONDS - started)); done) &
         clock=$!
     fi
     # Not `if (...)` nor `(...) ||`: these would switch off `set -e` inside.
@@ -79,10 +79,16 @@ explain_failure() {
     elif grep -qiE 'could not resolve|temporary failure (in name resolution|resolving)|could not connect|connection (refused|timed out)|network is unreachable|could not handshake' "$log"; then
         die "the mirror or registry is not reachable: $description" \
             "check the network, then run the same command again; another mirror: MIRROR=<url> make ..."
+    elif grep -qiE 'NO_PUBKEY|not available in the keyring' "$log"; then
+        die "this machine does not know the archive keys of $SUITE: $description" \
+            "apt-get update && apt-get install debian-archive-keyring, then run the same command again"
+    elif grep -qiE 'release file for .* is expired' "$log"; then
+        die "the mirror's package lists of $SUITE have expired: $description" \
+            "a mirror that is kept up to date: MIRROR=<url> make ..."
     elif grep -qiE '404 +not found|does not have a release file|hash sum mismatch' "$log"; then
         die "the mirror does not have what its lists promise: $description" \
             "'make update' takes the newest kernel and package lists, then run the same command again; another mirror: MIRROR=<url> make ..."
-    elif grep -qiE 'unable to locate package|has no installation candidate|unmet dependencies' "$log"; then
+    elif grep -qiE 'unable to locate package|has no installation candidate|unmet dependencies|version .* was not found' "$log"; then
         die "a package is gone from $SUITE: $description" "'make update', or another SUITE=, KERNEL_VERSION= or FLAVOUR="
     fi
     die "$description (the whole log: $log)" "see the log, then run the same command again: what is done stays done"

@@ -9,14 +9,15 @@
 
 # Sets KERNEL, KERNEL_DIR and KERNEL_TREE. Which release the defaults mean is asked from the mirror once and kept.
 resolve_kernel() {
-    local record pattern
+    local record pattern names
     if [[ -z $KERNEL ]]; then
         record=$VSOCK_CACHE/kernel-release/$SUITE/$FLAVOUR/$KERNEL_VERSION
         if [[ ! -s $record ]]; then
             ensure_root
             pattern=${KERNEL_VERSION//./\\.}
             pattern="^linux-headers-${pattern//\*/[0-9.]+}(\\+[a-z0-9]+)?-$FLAVOUR\$"
-            KERNEL=$(in_root apt-cache pkgnames linux-headers- | grep -E "$pattern" | sort -V | tail -n 1) || true
+            names=$(in_root apt-cache pkgnames linux-headers-)
+            KERNEL=$(grep -E "$pattern" <<<"$names" | sort -V | tail -n 1) || true
             KERNEL=${KERNEL#linux-headers-}
             [[ -n $KERNEL ]] || die "$SUITE has no kernel $KERNEL_VERSION of the flavour $FLAVOUR" \
                 "'make update' for new package lists, or another SUITE=, KERNEL_VERSION= or FLAVOUR="
@@ -75,7 +76,7 @@ ensure_kernel_source() {
     series=$(grep -oE '^[0-9]+\.[0-9]+' <<<"$KERNEL")
     new=$KERNEL_SOURCE.new
     discard "$new"
-    need_space 4000 "the kernel source"
+    need_space 2500 "the kernel source"
     step "download the source of Linux $version" download_packages "$new" "linux-source-$series=$version"
     step "unpack it" unpack_kernel_source "$new" "linux-source-$series"
     mv -T "$new/linux-source-$series" "$KERNEL_SOURCE"

@@ -18,6 +18,8 @@ ROOT_PACKAGES=(
 # What comes from SUITE when that is a backports suite; all the rest is from BASE_SUITE, the compilers above all.
 BACKPORTED=(src:linux src:qemu src:seabios)
 
+KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
+
 # The machine's own Debian mirror; nothing where it has none.
 machine_mirror() {
     [[ -z $MIRROR ]] || { say "$MIRROR"; return; }
@@ -46,13 +48,22 @@ write_root_preferences() {
     printf 'Package: %s\nPin: release n=%s\nPin-Priority: 990\n' "${BACKPORTED[*]}" "$SUITE"
 }
 
-install_mmdebstrap() {
-    [[ -e /usr/bin/mmdebstrap && -e $KEYRING ]] && return
-    command -v apt-get >/dev/null || die "this machine has no apt-get" "use a Debian machine, bookworm or later"
-    say "  installing mmdebstrap and debian-archive-keyring on this machine"
+# What set-up itself needs of the machine is all that is ever installed on it.
+install_prerequisites() {
+    local missing=()
+    command -v mount >/dev/null || missing+=(mount)
+    if ! root_is_complete; then
+        command -v mmdebstrap >/dev/null || missing+=(mmdebstrap)
+        [[ -e $KEYRING ]] || missing+=(debian-archive-keyring)
+    fi
+    ((${#missing[@]} > 0)) || return 0
+    need_root "installing ${missing[*]}"
+    command -v apt-get >/dev/null ||
+        die "this machine lacks ${missing[*]} and has no apt-get" "use a Debian machine, bookworm or later"
+    say "  this machine lacks ${missing[*]}: installing"
     step "update the machine's package lists" apt-get update
-    step "install mmdebstrap" env DEBIAN_FRONTEND=noninteractive \
-        apt-get install --yes --no-install-recommends mmdebstrap debian-archive-keyring
+    step "install ${missing[*]}" env DEBIAN_FRONTEND=noninteractive \
+        apt-get install --yes --no-install-recommends "${missing[@]}"
 }
 
 # make_root NEW_FOLDER MIRROR: without a mirror mmdebstrap takes Debian's default.
@@ -80,14 +91,17 @@ make_root() {
         "${options[@]}" "$BASE_SUITE" "$new" ${mirror:+"$mirror"}
 }
 
+root_is_complete() {
+    [[ -e $ROOT/.complete && $(<"$ROOT/.complete") == "${ROOT_PACKAGES[*]}" ]]
+}
+
 ensure_root() {
     local new=$ROOT.new mirror
-    [[ ! -e $ROOT/.complete || $(<"$ROOT/.complete") != "${ROOT_PACKAGES[*]}" ]] || return 0
+    install_prerequisites
+    ! root_is_complete || return 0
     need_root "the toolchain root"
-    KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
-    install_mmdebstrap
     discard "$new" "$ROOT"
-    need_space 4000 "the toolchain root"
+    need_space 3500 "the toolchain root"
     mkdir -p "$VSOCK_CACHE/root"
     mirror=$(machine_mirror)
     step "install the toolchain root ($SUITE)" make_root "$new" "$mirror"
