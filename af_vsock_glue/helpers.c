@@ -1,0 +1,232 @@
+// SPDX-License-Identifier: GPL-2.0
+
+#include <linux/sched.h>
+#include <linux/sched/signal.h>
+
+#include "helpers.h"
+
+void vsock_glue_sock_hold(struct sock *sk)
+{
+	sock_hold(sk);
+}
+
+void vsock_glue_sock_put(struct sock *sk)
+{
+	sock_put(sk);
+}
+
+void vsock_glue_lock_sock(struct sock *sk)
+{
+	lock_sock(sk);
+}
+
+/* The lock of a connection that is being made, taken inside its listener's. */
+void vsock_glue_lock_sock_child(struct sock *sk)
+{
+	lock_sock_nested(sk, SINGLE_DEPTH_NESTING);
+}
+
+void vsock_glue_release_sock(struct sock *sk)
+{
+	release_sock(sk);
+}
+
+u8 vsock_glue_state(const struct sock *sk)
+{
+	return READ_ONCE(sk->sk_state);
+}
+
+void vsock_glue_set_state(struct sock *sk, u8 state)
+{
+	WRITE_ONCE(sk->sk_state, state);
+}
+
+bool vsock_glue_flag(const struct sock *sk, enum sock_flags flag)
+{
+	return sock_flag(sk, flag);
+}
+
+void vsock_glue_set_flag(struct sock *sk, enum sock_flags flag)
+{
+	sock_set_flag(sk, flag);
+}
+
+void vsock_glue_state_change(struct sock *sk)
+{
+	sk->sk_state_change(sk);
+}
+
+void vsock_glue_write_space(struct sock *sk)
+{
+	sk->sk_write_space(sk);
+}
+
+void vsock_glue_data_ready(struct sock *sk)
+{
+	sk->sk_data_ready(sk);
+}
+
+void vsock_glue_error_report(struct sock *sk, int err)
+{
+	WRITE_ONCE(sk->sk_err, err);
+	sk_error_report(sk);
+}
+
+int vsock_glue_take_error(struct sock *sk)
+{
+	return sock_error(sk);
+}
+
+void vsock_glue_set_socket_connected(struct sock *sk)
+{
+	if (sk->sk_socket)
+		sk->sk_socket->state = SS_CONNECTED;
+}
+
+bool vsock_glue_accept_queue_is_full(const struct sock *sk)
+{
+	return sk_acceptq_is_full(sk);
+}
+
+int vsock_glue_rcvlowat(const struct sock *sk)
+{
+	return sock_rcvlowat(sk, 0, INT_MAX);
+}
+
+bool vsock_glue_current_is_exiting(void)
+{
+	return current->flags & PF_EXITING;
+}
+
+void vsock_glue_table_lock(void)
+{
+	spin_lock_bh(&vsock_table_lock);
+}
+
+void vsock_glue_table_unlock(void)
+{
+	spin_unlock_bh(&vsock_table_lock);
+}
+
+bool vsock_glue_net_mode_global(struct vsock_sock *vsk)
+{
+	return vsock_net_mode_global(vsk);
+}
+
+void vsock_glue_init_close_work(struct vsock_sock *vsk, work_func_t function)
+{
+	INIT_DELAYED_WORK(&vsk->close_work, function);
+}
+
+struct sk_buff *vsock_glue_alloc_linear(unsigned int size)
+{
+	return alloc_skb(size, GFP_KERNEL);
+}
+
+/* The result has all its data in pages, none of it in the linear part yet. */
+struct sk_buff *vsock_glue_alloc_with_frags(unsigned int linear, unsigned int data)
+{
+	struct sk_buff *skb;
+	int err;
+
+	skb = alloc_skb_with_frags(linear, data, PAGE_ALLOC_COSTLY_ORDER, &err, GFP_KERNEL);
+	if (skb) {
+		skb->data_len = data;
+		skb->len = data;
+	}
+	return skb;
+}
+
+/* The largest linear buffer that does not strain the page allocator. */
+unsigned int vsock_glue_largest_linear(void)
+{
+	return SKB_WITH_OVERHEAD(PAGE_SIZE << PAGE_ALLOC_COSTLY_ORDER);
+}
+
+/* The largest linear buffer that takes 4 KiB with its bookkeeping. */
+unsigned int vsock_glue_page_sized(void)
+{
+	return SKB_WITH_OVERHEAD(4096);
+}
+
+unsigned int vsock_glue_tailroom(const struct sk_buff *skb)
+{
+	return skb_tailroom(skb);
+}
+
+bool vsock_glue_is_nonlinear(const struct sk_buff *skb)
+{
+	return skb_is_nonlinear(skb);
+}
+
+void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk)
+{
+	skb_set_owner_w(skb, sk);
+}
+
+int vsock_glue_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue *vqs[],
+			const char *const names[], vq_callback_t *callback)
+{
+	struct virtqueue_info info[4] = {};
+	unsigned int i;
+
+	if (count > ARRAY_SIZE(info))
+		return -EINVAL;
+	for (i = 0; i < count; i++) {
+		info[i].name = names[i];
+		info[i].callback = callback;
+	}
+	return virtio_find_vqs(vdev, count, vqs, info, NULL);
+}
+
+void vsock_glue_del_vqs(struct virtio_device *vdev)
+{
+	vdev->config->del_vqs(vdev);
+}
+
+void vsock_glue_device_ready(struct virtio_device *vdev)
+{
+	virtio_device_ready(vdev);
+}
+
+u64 vsock_glue_read_config_le64(struct virtio_device *vdev, unsigned int offset)
+{
+	__le64 value;
+
+	__virtio_cread_many(vdev, offset, &value, 1, sizeof(value));
+	return le64_to_cpu(value);
+}
+
+int vsock_glue_add_out(struct virtqueue *vq, struct sk_buff *skb)
+{
+	struct scatterlist sg[MAX_SKB_FRAGS + 1];
+	struct skb_shared_info *shinfo = skb_shinfo(skb);
+	unsigned int i, count = shinfo->nr_frags + 1;
+
+	sg_init_table(sg, count);
+	sg_set_buf(&sg[0], skb->data, skb_headlen(skb));
+	for (i = 0; i < shinfo->nr_frags; i++) {
+		const skb_frag_t *frag = &shinfo->frags[i];
+
+		sg_set_page(&sg[i + 1], skb_frag_page(frag), skb_frag_size(frag), skb_frag_off(frag));
+	}
+	return virtqueue_add_outbuf(vq, sg, count, skb, GFP_KERNEL);
+}
+
+int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb)
+{
+	struct scatterlist sg;
+
+	sg_init_one(&sg, skb->data, skb_tailroom(skb));
+	return virtqueue_add_inbuf(vq, &sg, 1, skb, GFP_KERNEL);
+}
+
+struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name)
+{
+	return alloc_workqueue("%s", WQ_PERCPU, 0, name);
+}
+
+void vsock_glue_cond_resched(void)
+{
+	cond_resched();
+}

@@ -1,0 +1,67 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the Rust glue calls in C: the headers that bindgen reads, and a function for each inline function or
+ * macro of the kernel that Rust cannot call. No behaviour of the driver is here.
+ */
+#ifndef _AF_VSOCK_GLUE_HELPERS_H
+#define _AF_VSOCK_GLUE_HELPERS_H
+
+#include <linux/list.h>
+#include <linux/skbuff.h>
+#include <linux/socket.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
+#include <linux/virtio_ids.h>
+#include <linux/workqueue.h>
+#include <net/af_vsock.h>
+#include <net/sock.h>
+
+/* sock */
+void vsock_glue_sock_hold(struct sock *sk);
+void vsock_glue_sock_put(struct sock *sk);
+void vsock_glue_lock_sock(struct sock *sk);
+void vsock_glue_lock_sock_child(struct sock *sk);
+void vsock_glue_release_sock(struct sock *sk);
+u8 vsock_glue_state(const struct sock *sk);
+void vsock_glue_set_state(struct sock *sk, u8 state);
+bool vsock_glue_flag(const struct sock *sk, enum sock_flags flag);
+void vsock_glue_set_flag(struct sock *sk, enum sock_flags flag);
+void vsock_glue_state_change(struct sock *sk);
+void vsock_glue_write_space(struct sock *sk);
+void vsock_glue_data_ready(struct sock *sk);
+void vsock_glue_error_report(struct sock *sk, int err);
+int vsock_glue_take_error(struct sock *sk);
+void vsock_glue_set_socket_connected(struct sock *sk);
+bool vsock_glue_accept_queue_is_full(const struct sock *sk);
+int vsock_glue_rcvlowat(const struct sock *sk);
+bool vsock_glue_current_is_exiting(void);
+
+/* AF_VSOCK */
+void vsock_glue_table_lock(void);
+void vsock_glue_table_unlock(void);
+bool vsock_glue_net_mode_global(struct vsock_sock *vsk);
+void vsock_glue_init_close_work(struct vsock_sock *vsk, work_func_t function);
+
+/* sk_buff */
+struct sk_buff *vsock_glue_alloc_linear(unsigned int size);
+struct sk_buff *vsock_glue_alloc_with_frags(unsigned int linear, unsigned int data);
+unsigned int vsock_glue_largest_linear(void);
+unsigned int vsock_glue_page_sized(void);
+unsigned int vsock_glue_tailroom(const struct sk_buff *skb);
+bool vsock_glue_is_nonlinear(const struct sk_buff *skb);
+void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk);
+
+/* virtio */
+int vsock_glue_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue *vqs[],
+			const char *const names[], vq_callback_t *callback);
+void vsock_glue_del_vqs(struct virtio_device *vdev);
+void vsock_glue_device_ready(struct virtio_device *vdev);
+u64 vsock_glue_read_config_le64(struct virtio_device *vdev, unsigned int offset);
+int vsock_glue_add_out(struct virtqueue *vq, struct sk_buff *skb);
+int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb);
+
+/* workqueue */
+struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name);
+void vsock_glue_cond_resched(void);
+
+#endif /* _AF_VSOCK_GLUE_HELPERS_H */

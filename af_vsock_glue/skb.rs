@@ -1,0 +1,507 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Socket buffers with one owner.
+//!
+//! C header: [`include/linux/skbuff.h`](srctree/include/linux/skbuff.h)
+
+use super::{
+    bindings,
+    message::{iter_count, MessageDest, MessageSource},
+    socket::Socket,
+};
+use core::{marker::PhantomData, mem::ManuallyDrop, ptr, ptr::NonNull};
+use kernel::{
+    alloc::AllocError,
+    error::to_result,
+    ffi::c_int,
+    prelude::*,
+};
+
+/// Size of `skb->cb`, the room that a buffer has for its owner's use.
+const CB_SIZE: usize = 48;
+
+/// An owned `struct sk_buff` whose control block (`cb`) holds a `C`.
+///
+/// # Invariants
+///
+/// - The pointer is a buffer that nobody else refers to, and that is on no list.
+/// - Its control block holds a valid `C`, which is dropped with the buffer.
+pub(crate) struct SkBuff<C> {
+    skb: NonNull<bindings::sk_buff>,
+    _control: PhantomData<C>,
+}
+
+// SAFETY: A buffer is not bound to a thread; what is in its control block goes along.
+unsafe impl<C: Send> Send for SkBuff<C> {}
+
+/// What an outgoing packet carries behind its header.
+pub(crate) enum Payload<'a> {
+    /// Nothing.
+    None,
+    /// So many bytes of a message.
+    Message(&'a mut MessageSource, usize),
+}
+
+impl<C> SkBuff<C> {
+    const CONTROL_FITS: () = assert!(size_of::<C>() <= CB_SIZE && align_of::<C>() <= 8);
+
+    /// Takes a new buffer over, with `control` in its control block.
+    ///
+    /// # Safety
+    ///
+    /// `skb` is a buffer with one reference, which the caller gives away.
+    unsafe fn new(skb: NonNull<bindings::sk_buff>, control: C) -> Self {
+        let () = Self::CONTROL_FITS;
+        // SAFETY: The control block is in the buffer, large and aligned enough (it begins 8-aligned in
+        // `struct sk_buff`), and free for the buffer's owner.
+        unsafe { (&raw mut (*skb.as_ptr()).cb).cast::<C>().write(control) };
+        // INVARIANT: Both as promised and written.
+        Self {
+            skb,
+            _control: PhantomData,
+        }
+    }
+
+    /// Makes a packet of `header` and `payload`, filled and ready to send. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// ENOMEM, or EFAULT where the message cannot be read; the message is then as before.
+    pub(crate) fn outgoing(
+        header: &[u8],
+        payload: Payload<'_>,
+        control: C,
+    ) -> Result<Self> {
+        let len = match &payload {
+            Payload::None => 0,
+            Payload::Message(_, len) => *len,
+        };
+        let total = header.len() + len;
+        // SAFETY: No preconditions.
+        let linear = total <= unsafe { bindings::vsock_glue_largest_linear() } as usize;
+        // Both sums fit: they are a packet's, not a whole message's.
+        let skb = if linear {
+            // SAFETY: No preconditions.
+            unsafe { bindings::vsock_glue_alloc_linear(u32::try_from(total)?) }
+        } else {
+            // SAFETY: No preconditions.
+            unsafe {
+                bindings::vsock_glue_alloc_with_frags(
+                    u32::try_from(header.len())?,
+                    u32::try_from(len)?,
+                )
+            }
+        };
+        let skb = NonNull::new(skb).ok_or(ENOMEM)?;
+        // SAFETY: It was made here.
+        let mut this = unsafe { Self::new(skb, control) };
+        this.put_header(header, linear);
+        if let Payload::Message(message, len) = payload {
+            this.fill(header.len(), message, len, linear)?;
+        }
+        Ok(this)
+    }
+
+    /// Puts the header into the linear part of a buffer that was made with room for it.
+    fn put_header(&mut self, header: &[u8], linear: bool) {
+        let skb = self.as_raw();
+        // SAFETY: The linear part has room for the header. `skb_put()` wants a buffer without fragments:
+        // where there are some, the header goes in by hand, in front of them, as `skb_put()` would do it.
+        unsafe {
+            let to = if linear {
+                bindings::skb_put(skb, header.len() as u32).cast::<u8>()
+            } else {
+                let to = (*skb).data;
+                (*skb).tail += header.len() as bindings::sk_buff_data_t;
+                (*skb).len += header.len() as u32;
+                to
+            };
+            ptr::copy_nonoverlapping(header.as_ptr(), to, header.len());
+        }
+    }
+
+    /// Fills the rest of the buffer with `len` bytes of `message`, which is put back where that fails.
+    fn fill(
+        &mut self,
+        offset: usize,
+        message: &mut MessageSource,
+        len: usize,
+        linear: bool,
+    ) -> Result {
+        let iter = message.iter();
+        if linear {
+            // SAFETY: The buffer was made with room for the payload.
+            unsafe { bindings::skb_put(self.as_raw(), len as u32) };
+        }
+        // SAFETY: The iterator is valid.
+        let before = unsafe { iter_count(iter) };
+        // SAFETY: The buffer has `len` bytes behind `offset`; the iterator can be read.
+        let copied = to_result(unsafe {
+            bindings::skb_copy_datagram_from_iter(
+                self.as_raw(),
+                offset as c_int,
+                iter,
+                len as c_int,
+            )
+        });
+        if copied.is_err() {
+            // SAFETY: It was advanced by the difference, so it can go back by that.
+            unsafe { bindings::iov_iter_revert(iter, before - iter_count(iter)) };
+        }
+        copied
+    }
+
+    /// Makes an empty buffer that takes 4 KiB of memory with its bookkeeping. May sleep.
+    pub(crate) fn page_sized(control: C) -> Result<Self, AllocError> {
+        // SAFETY: No preconditions.
+        Self::empty(unsafe { bindings::vsock_glue_page_sized() }, control)
+    }
+
+    /// Makes an empty buffer with room for `size` bytes. May sleep.
+    pub(crate) fn empty(size: u32, control: C) -> Result<Self, AllocError> {
+        // SAFETY: No preconditions.
+        let skb = unsafe { bindings::vsock_glue_alloc_linear(size) };
+        let skb = NonNull::new(skb).ok_or(AllocError)?;
+        // SAFETY: It was made here.
+        Ok(unsafe { Self::new(skb, control) })
+    }
+
+    /// Replaces the control block.
+    pub(crate) fn with_control<D>(self, control: D) -> SkBuff<D> {
+        let skb = self.skb;
+        // SAFETY: The old control block is dropped here and nowhere else: `self` is not dropped below.
+        unsafe { ptr::drop_in_place(self.control_ptr()) };
+        let _ = ManuallyDrop::new(self);
+        // SAFETY: The reference is `self`'s.
+        unsafe { SkBuff::new(skb, control) }
+    }
+
+    /// Gives the buffer to C.
+    pub(super) fn into_raw(self) -> *mut bindings::sk_buff {
+        ManuallyDrop::new(self).as_raw()
+    }
+
+    /// Takes a buffer back from C.
+    ///
+    /// # Safety
+    ///
+    /// It comes from [`Self::into_raw`] of the same `C`, and nobody else has or takes it.
+    pub(super) unsafe fn from_raw(skb: NonNull<bindings::sk_buff>) -> Self {
+        // INVARIANT: As at `into_raw()`.
+        Self {
+            skb,
+            _control: PhantomData,
+        }
+    }
+
+    /// The C buffer.
+    pub(super) fn as_raw(&self) -> *mut bindings::sk_buff {
+        self.skb.as_ptr()
+    }
+
+    fn control_ptr(&self) -> *mut C {
+        // SAFETY: The buffer is valid.
+        unsafe { (&raw mut (*self.as_raw()).cb).cast() }
+    }
+
+    /// What is in the control block.
+    pub(crate) fn control(&self) -> &C {
+        // SAFETY: By the type invariant.
+        unsafe { &*self.control_ptr() }
+    }
+
+    /// What is in the control block.
+    pub(crate) fn control_mut(&mut self) -> &mut C {
+        // SAFETY: By the type invariant, and `self` is borrowed mutably.
+        unsafe { &mut *self.control_ptr() }
+    }
+
+    /// Bytes of data.
+    pub(crate) fn len(&self) -> usize {
+        // SAFETY: The buffer is valid.
+        unsafe { (*self.as_raw()).len as usize }
+    }
+
+    /// Bytes of memory that the buffer takes, its bookkeeping included.
+    pub(crate) fn truesize(&self) -> usize {
+        // SAFETY: The buffer is valid.
+        unsafe { (*self.as_raw()).truesize as usize }
+    }
+
+    /// Bytes that can be appended.
+    pub(crate) fn tailroom(&self) -> usize {
+        // SAFETY: The buffer is valid.
+        unsafe { bindings::vsock_glue_tailroom(self.as_raw()) as usize }
+    }
+
+    /// Declares the first `len` bytes of the tailroom to be data: a device wrote them.
+    ///
+    /// Returns `false` and changes nothing where the tailroom is smaller.
+    pub(super) fn set_received(&mut self, len: usize) -> bool {
+        if len > self.tailroom() {
+            return false;
+        }
+        // SAFETY: There is room.
+        unsafe { bindings::skb_put(self.as_raw(), len as u32) };
+        true
+    }
+
+    /// A copy of the first `N` bytes, read once; `None` where there are fewer.
+    pub(crate) fn copy_front<const N: usize>(&self) -> Option<[u8; N]> {
+        let mut front = [0; N];
+        // SAFETY: `front` has room for `N` bytes; the function checks that the buffer has so many.
+        to_result(unsafe {
+            bindings::skb_copy_bits(self.as_raw(), 0, front.as_mut_ptr().cast(), N as c_int)
+        })
+        .ok()?;
+        Some(front)
+    }
+
+    /// Copies as much of the data as fits into `to` and returns that.
+    pub(crate) fn copy_into<'a>(&self, to: &'a mut [u8]) -> &'a [u8] {
+        let len = self.len().min(to.len());
+        // SAFETY: `to` has room for `len` bytes, and the buffer has as many.
+        let copied = to_result(unsafe {
+            bindings::skb_copy_bits(self.as_raw(), 0, to.as_mut_ptr().cast(), len as c_int)
+        });
+        let (data, _) = to.split_at(if copied.is_ok() { len } else { 0 });
+        data
+    }
+
+    /// Cuts `len` bytes off the front, at most all of them.
+    pub(crate) fn pull(&mut self, len: usize) {
+        let len = len.min(self.len());
+        // SAFETY: There is so much data, all of it linear: only outgoing buffers have fragments, and those
+        // are not cut. (`skb_pull()` returns null and does nothing where that were not so.)
+        unsafe { bindings::skb_pull(self.as_raw(), len as u32) };
+    }
+
+    /// Cuts the data to `len` bytes, where it is longer.
+    pub(crate) fn truncate(&mut self, len: usize) {
+        // SAFETY: The function does nothing where the data is not longer.
+        unsafe { bindings::skb_trim(self.as_raw(), len.min(self.len()) as u32) };
+    }
+
+    /// Appends all data of `other`; returns `false` and does nothing where there is no room for it.
+    pub(crate) fn append<D>(&mut self, other: &SkBuff<D>) -> bool {
+        let len = other.len();
+        // SAFETY: The buffer is valid.
+        if len > self.tailroom() || unsafe { bindings::vsock_glue_is_nonlinear(self.as_raw()) } {
+            return false;
+        }
+        // SAFETY: There is room for `len` bytes behind the data, and `other` has as many.
+        unsafe {
+            let to = bindings::skb_put(self.as_raw(), len as u32);
+            to_result(bindings::skb_copy_bits(other.as_raw(), 0, to, len as c_int)).is_ok()
+        }
+    }
+
+    /// Copies `len` bytes from `offset` on into a message. May sleep.
+    pub(crate) fn copy_to(&self, offset: usize, message: &mut MessageDest, len: usize) -> Result {
+        if offset.checked_add(len).is_none_or(|end| end > self.len()) {
+            return Err(EINVAL);
+        }
+        // SAFETY: The buffer has so much data, and the iterator can be written.
+        to_result(unsafe {
+            bindings::skb_copy_datagram_iter(
+                self.as_raw(),
+                offset as c_int,
+                message.iter(),
+                len as c_int,
+            )
+        })
+    }
+
+    /// Charges the buffer to `socket`'s send memory; it keeps the socket alive as long as it lives.
+    pub(crate) fn charge_to(&mut self, socket: &Socket) {
+        // SAFETY: Both are valid; the buffer has no owner yet or is orphaned by the function.
+        unsafe { bindings::vsock_glue_set_owner(self.as_raw(), socket.as_sock()) }
+    }
+
+    /// Whether the buffer is charged to `socket`.
+    pub(crate) fn is_charged_to(&self, socket: &Socket) -> bool {
+        // SAFETY: The buffer is valid.
+        unsafe { (*self.as_raw()).sk == socket.as_sock() }
+    }
+
+    /// Frees a buffer that has served its purpose (dropping one says that it was lost).
+    pub(crate) fn consume(self) {
+        // SAFETY: The control block is dropped here and nowhere else.
+        unsafe { ptr::drop_in_place(self.control_ptr()) };
+        // SAFETY: The reference is given away.
+        unsafe { bindings::consume_skb(ManuallyDrop::new(self).as_raw()) }
+    }
+}
+
+impl<C> Drop for SkBuff<C> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant, and it is not used after this.
+        unsafe { ptr::drop_in_place(self.control_ptr()) };
+        // SAFETY: The reference is given away.
+        unsafe {
+            bindings::sk_skb_reason_drop(
+                ptr::null(),
+                self.as_raw(),
+                bindings::skb_drop_reason_SKB_DROP_REASON_NOT_SPECIFIED,
+            )
+        }
+    }
+}
+
+/// A queue of buffers, linked through the buffers themselves: nothing is allocated.
+///
+/// It has no lock; whoever shares it brings one.
+///
+/// # Invariants
+///
+/// `head` is null or the first of a list linked by `next` and ended by null, which ends with `tail` and has
+/// `len` buffers. The queue owns them.
+pub(crate) struct SkBuffQueue<C> {
+    head: *mut bindings::sk_buff,
+    tail: *mut bindings::sk_buff,
+    len: usize,
+    _buffers: PhantomData<SkBuff<C>>,
+}
+
+// SAFETY: The queue is but a list of buffers.
+unsafe impl<C: Send> Send for SkBuffQueue<C> {}
+
+/// The link of a buffer.
+///
+/// # Safety
+///
+/// `skb` is valid.
+unsafe fn next_of(skb: *mut bindings::sk_buff) -> *mut *mut bindings::sk_buff {
+    // SAFETY: The buffer is valid; all readings of the union are plain pointers.
+    unsafe { &raw mut (*skb).__bindgen_anon_1.__bindgen_anon_1.next }
+}
+
+impl<C> SkBuffQueue<C> {
+    /// An empty queue.
+    pub(crate) const fn new() -> Self {
+        Self {
+            head: ptr::null_mut(),
+            tail: ptr::null_mut(),
+            len: 0,
+            _buffers: PhantomData,
+        }
+    }
+
+    /// How many buffers are in it.
+    pub(crate) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there is none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.head.is_null()
+    }
+
+    /// Appends a buffer.
+    pub(crate) fn push_back(&mut self, skb: SkBuff<C>) {
+        let skb = skb.into_raw();
+        // SAFETY: The buffer is valid and on no list; so is the tail, where there is one.
+        unsafe {
+            *next_of(skb) = ptr::null_mut();
+            if self.tail.is_null() {
+                self.head = skb;
+            } else {
+                *next_of(self.tail) = skb;
+            }
+        }
+        self.tail = skb;
+        self.len += 1;
+    }
+
+    /// Puts a buffer in front of all others.
+    pub(crate) fn push_front(&mut self, skb: SkBuff<C>) {
+        let skb = skb.into_raw();
+        // SAFETY: The buffer is valid and on no list.
+        unsafe { *next_of(skb) = self.head };
+        if self.tail.is_null() {
+            self.tail = skb;
+        }
+        self.head = skb;
+        self.len += 1;
+    }
+
+    /// Takes the first buffer out.
+    pub(crate) fn pop_front(&mut self) -> Option<SkBuff<C>> {
+        let skb = NonNull::new(self.head)?;
+        // SAFETY: By the type invariant the buffer is valid, and it leaves the list here.
+        unsafe {
+            self.head = *next_of(skb.as_ptr());
+            *next_of(skb.as_ptr()) = ptr::null_mut();
+        }
+        if self.head.is_null() {
+            self.tail = ptr::null_mut();
+        }
+        self.len -= 1;
+        // SAFETY: It went in by `into_raw()`, and is now out.
+        Some(unsafe { SkBuff::from_raw(skb) })
+    }
+
+    /// Lets `f` have the last buffer, where there is one.
+    pub(crate) fn with_back<R>(&mut self, f: impl FnOnce(&mut SkBuff<C>) -> R) -> Option<R> {
+        let skb = NonNull::new(self.tail)?;
+        // SAFETY: By the type invariant; `ManuallyDrop` leaves it in the queue.
+        let mut skb = ManuallyDrop::new(unsafe { SkBuff::from_raw(skb) });
+        Some(f(&mut skb))
+    }
+
+    /// Calls `f` with each buffer from the first on, until it returns an error.
+    pub(crate) fn try_for_each<E>(
+        &self,
+        mut f: impl FnMut(&SkBuff<C>) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let mut at = self.head;
+        while let Some(skb) = NonNull::new(at) {
+            // SAFETY: By the type invariant; `ManuallyDrop` leaves it in the queue.
+            let skb = ManuallyDrop::new(unsafe { SkBuff::from_raw(skb) });
+            f(&skb)?;
+            // SAFETY: The buffer is valid.
+            at = unsafe { *next_of(skb.as_raw()) };
+        }
+        Ok(())
+    }
+
+    /// Takes everything out.
+    pub(crate) fn take(&mut self) -> Self {
+        core::mem::replace(self, Self::new())
+    }
+
+    /// Puts all buffers of `front` before those of this queue.
+    pub(crate) fn prepend(&mut self, front: Self) {
+        let front = ManuallyDrop::new(front);
+        if front.tail.is_null() {
+            return;
+        }
+        // SAFETY: The last buffer of `front` is valid.
+        unsafe { *next_of(front.tail) = self.head };
+        if self.tail.is_null() {
+            self.tail = front.tail;
+        }
+        self.head = front.head;
+        self.len += front.len;
+    }
+
+    /// Takes out the buffers for which `matches` holds, in order.
+    pub(crate) fn extract(&mut self, mut matches: impl FnMut(&SkBuff<C>) -> bool) -> Self {
+        let mut all = self.take();
+        let mut extracted = Self::new();
+        while let Some(skb) = all.pop_front() {
+            if matches(&skb) {
+                extracted.push_back(skb);
+            } else {
+                self.push_back(skb);
+            }
+        }
+        extracted
+    }
+}
+
+impl<C> Drop for SkBuffQueue<C> {
+    fn drop(&mut self) {
+        while self.pop_front().is_some() {}
+    }
+}

@@ -1,0 +1,590 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Transports of AF_VSOCK.
+//!
+//! C header: [`include/net/af_vsock.h`](srctree/include/net/af_vsock.h)
+
+use super::{
+    bindings,
+    message::{MessageDest, MessageSource},
+    socket::{Address, Directions, LockedSocket, Socket},
+};
+use core::{any::TypeId, marker::PhantomPinned, ptr};
+use kernel::{
+    error::{from_result, to_result},
+    ffi::c_int,
+    prelude::*,
+    sync::{
+        atomic::{Acquire, Atomic, Full, Relaxed},
+        Arc, ArcBorrow,
+    },
+    types::{ForeignOwnable, Opaque},
+};
+
+/// What a transport from guest to host implements.
+///
+/// Unless it is said otherwise the core calls in process context with the socket's lock held; sleeping is
+/// allowed. A call for a socket comes after [`connect`](Self::connect) or after the transport itself made the
+/// socket.
+pub(crate) trait Transport: Send + Sync + Sized + 'static {
+    /// What the transport keeps for a socket.
+    type Connection: Send + Sync + 'static;
+
+    /// The CID of this machine, [`Address::CID_ANY`] for none. Called under a mutex of the core; may not take
+    /// a socket's lock.
+    fn local_cid(&self) -> u32;
+
+    /// A socket is given to the transport.
+    fn new_connection(&self, socket: &LockedSocket<'_>) -> Result<Arc<Self::Connection>>;
+
+    /// A connected or connecting socket is closed, or given to another transport.
+    fn release(self: ArcBorrow<'_, Self>, socket: &mut LockedSocket<'_>);
+
+    /// The time is up that [`LockedSocket::schedule_close`] was given.
+    fn close_timeout(&self, socket: &LockedSocket<'_>);
+
+    /// Asks the peer for a connection.
+    fn connect(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> Result;
+
+    /// Takes back packets of the socket that the device has not been given yet.
+    fn cancel(self: ArcBorrow<'_, Self>, socket: &LockedSocket<'_>);
+
+    /// Tells the peer of directions that were shut down.
+    fn shutdown(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Self::Connection,
+        directions: Directions,
+    ) -> Result;
+
+    /// Whether a stream socket may be connected to `remote`.
+    fn allows_stream(&self, socket: &Socket, remote: Address) -> bool;
+
+    /// A reader is about to look for data.
+    fn before_receive(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Self::Connection,
+    ) -> Result;
+
+    /// A reader is about to wait for data, `wanted` bytes at least.
+    fn before_receive_blocks(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Self::Connection,
+        wanted: usize,
+    );
+
+    /// Moves up to `len` bytes into a message; copies them where it only peeks. Returns how many.
+    fn receive(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Self::Connection,
+        message: &mut MessageDest,
+        len: usize,
+        peek: bool,
+    ) -> Result<usize>;
+
+    /// A writer is about to send.
+    fn before_send(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> Result;
+
+    /// Sends up to `len` bytes of a message. Returns how many; 0 where the peer has no room.
+    fn send(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Self::Connection>,
+        message: &mut MessageSource,
+        len: usize,
+    ) -> Result<usize>;
+
+    /// Bytes that can be received. May be called without the lock.
+    fn readable(connection: &Self::Connection) -> usize;
+
+    /// Bytes that can be sent. May be called without the lock.
+    fn writable(connection: &Self::Connection) -> usize;
+
+    /// Bytes that were sent but not taken by the device. May be called without the lock.
+    fn unsent(connection: &Self::Connection) -> usize;
+
+    /// The application changes the size of its receive buffer; returns what it becomes.
+    fn set_buffer_size(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Self::Connection,
+        size: u64,
+    ) -> u64;
+
+    /// The application wants to be woken for no less than `low_water` bytes.
+    fn set_low_water(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Self::Connection,
+        low_water: u32,
+    );
+}
+
+/// The registered transport. The core has callbacks without any argument, so there is one place to find it.
+static REGISTERED: Atomic<*mut Header> = Atomic::new(ptr::null_mut());
+
+/// What is behind [`REGISTERED`], whatever the transport's type is.
+#[repr(C)]
+struct Header {
+    // First, so that a pointer to it is a pointer to the header.
+    operations: bindings::vsock_transport,
+    transport: TypeId,
+    context: *const (),
+}
+
+/// The registration of a transport from guest to host; dropping it unregisters it.
+///
+/// The core takes a reference to the module for every socket of the transport, so that a registration that
+/// lives as long as the module is dropped only when there are none.
+///
+/// # Invariants
+///
+/// `context` of the header is the pointer of `_context`, of the type that `transport` names.
+#[pin_data(PinnedDrop)]
+pub(crate) struct Registration<T: Transport> {
+    #[pin]
+    header: Opaque<Header>,
+    _context: Arc<T>,
+    #[pin]
+    _pin: PhantomPinned,
+}
+
+// SAFETY: There is nothing to do with a shared registration.
+unsafe impl<T: Transport> Sync for Registration<T> {}
+// SAFETY: It may be dropped by any thread.
+unsafe impl<T: Transport> Send for Registration<T> {}
+
+impl<T: Transport> Registration<T> {
+    /// Registers the transport.
+    ///
+    /// # Errors
+    ///
+    /// EBUSY where there is one from guest to host already.
+    pub(crate) fn new<'a>(module: &'static ThisModule, context: Arc<T>) -> impl PinInit<Self, Error> + 'a {
+        try_pin_init!(Self {
+            header <- Opaque::try_ffi_init({
+                let context = Arc::as_ptr(&context);
+                move |slot: *mut Header| {
+                    // SAFETY: `slot` is valid for writes.
+                    unsafe {
+                        slot.write(Header {
+                            operations: operations::<T>(module),
+                            transport: TypeId::of::<T>(),
+                            context: context.cast(),
+                        })
+                    };
+                    REGISTERED
+                        .cmpxchg(ptr::null_mut(), slot, Full)
+                        .map_err(|_| EBUSY)?;
+                    // SAFETY: The operations stay where they are until they are unregistered.
+                    to_result(unsafe {
+                        bindings::vsock_core_register(
+                            &raw const (*slot).operations,
+                            bindings::VSOCK_TRANSPORT_F_G2H as c_int,
+                        )
+                    })
+                    .inspect_err(|_| REGISTERED.store(ptr::null_mut(), Relaxed))
+                }
+            }),
+            _context: context,
+            _pin: PhantomPinned,
+        })
+    }
+}
+
+#[pinned_drop]
+impl<T: Transport> PinnedDrop for Registration<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: It was registered when it was made; the core waits for callbacks that run.
+        unsafe { bindings::vsock_core_unregister(self.header.get().cast()) };
+        REGISTERED.store(ptr::null_mut(), Relaxed);
+    }
+}
+
+/// The registered header.
+fn registered() -> *mut Header {
+    REGISTERED.load(Acquire)
+}
+
+/// Whether a socket's transport is the registered one and a `T`.
+///
+/// # Safety
+///
+/// `operations` is null or a transport that is registered with the core.
+pub(super) unsafe fn is_ours<T: Transport>(operations: *const bindings::vsock_transport) -> bool {
+    let header = registered();
+    !header.is_null()
+        && ptr::eq(operations, header.cast())
+        // SAFETY: A socket has the transport, so it stays registered.
+        && unsafe { (*header).transport == TypeId::of::<T>() }
+}
+
+/// The context of the registered transport, `None` where that is none or no `T`.
+///
+/// # Safety
+///
+/// The transport stays registered for `'a`: the caller is one of its callbacks, or one of its sockets is
+/// known to live.
+pub(super) unsafe fn context<'a, T: Transport>() -> Option<ArcBorrow<'a, T>> {
+    let header = registered();
+    // SAFETY: As the caller promises, and by the invariant of `Registration`.
+    unsafe {
+        if header.is_null() || (*header).transport != TypeId::of::<T>() {
+            return None;
+        }
+        Some(ArcBorrow::from_raw((*header).context.cast()))
+    }
+}
+
+/// The connection state of a socket that is `T`'s.
+///
+/// # Safety
+///
+/// The socket's transport is `T`, and is not taken from it during `'a`.
+pub(super) unsafe fn borrow_connection<'a, T: Transport>(
+    vsk: *mut bindings::vsock_sock,
+) -> Option<ArcBorrow<'a, T::Connection>> {
+    // SAFETY: `init()` below is what sets the pointer of a socket that is ours.
+    unsafe {
+        let trans = (*vsk).trans;
+        if trans.is_null() {
+            return None;
+        }
+        Some(Arc::<T::Connection>::borrow(trans))
+    }
+}
+
+/// What a callback of the core is about.
+struct Call<'a, T: Transport> {
+    context: ArcBorrow<'a, T>,
+    socket: &'a Socket,
+    connection: ArcBorrow<'a, T::Connection>,
+}
+
+impl<'a, T: Transport> Call<'a, T> {
+    /// # Safety
+    ///
+    /// The call is one of the core for a socket that was given to the transport, and lasts for `'a`.
+    unsafe fn new(vsk: *mut bindings::vsock_sock) -> Result<Self> {
+        // SAFETY: As the caller promises.
+        unsafe {
+            Ok(Self {
+                context: context::<T>().ok_or(ENODEV)?,
+                socket: Socket::from_raw(vsk),
+                connection: borrow_connection::<T>(vsk).ok_or(ENOTCONN)?,
+            })
+        }
+    }
+
+    /// # Safety
+    ///
+    /// The core holds the socket's lock during the call.
+    unsafe fn locked(&self) -> LockedSocket<'a> {
+        // SAFETY: As the caller promises.
+        unsafe { LockedSocket::assume_locked(self.socket) }
+    }
+}
+
+type Vsk = *mut bindings::vsock_sock;
+type Msg = *mut bindings::msghdr;
+type RecvNotify = *mut bindings::vsock_transport_recv_notify_data;
+type SendNotify = *mut bindings::vsock_transport_send_notify_data;
+
+fn operations<T: Transport>(module: &'static ThisModule) -> bindings::vsock_transport {
+    bindings::vsock_transport {
+        module: module.as_ptr().cast(),
+        init: Some(init::<T>),
+        destruct: Some(destruct::<T>),
+        release: Some(release::<T>),
+        cancel_pkt: Some(cancel_pkt::<T>),
+        connect: Some(connect::<T>),
+        stream_dequeue: Some(stream_dequeue::<T>),
+        stream_enqueue: Some(stream_enqueue::<T>),
+        stream_has_data: Some(stream_has_data::<T>),
+        stream_has_space: Some(stream_has_space::<T>),
+        stream_rcvhiwat: Some(stream_rcvhiwat),
+        stream_is_active: Some(stream_is_active),
+        stream_allow: Some(stream_allow::<T>),
+        notify_poll_in: Some(notify_poll_in::<T>),
+        notify_poll_out: Some(notify_poll_out::<T>),
+        notify_recv_init: Some(notify_recv_init::<T>),
+        notify_recv_pre_block: Some(notify_recv_pre_block::<T>),
+        notify_recv_pre_dequeue: Some(notify_recv_pre_dequeue),
+        notify_recv_post_dequeue: Some(notify_recv_post_dequeue),
+        notify_send_init: Some(notify_send_init::<T>),
+        notify_send_pre_block: Some(notify_send),
+        notify_send_pre_enqueue: Some(notify_send),
+        notify_send_post_enqueue: Some(notify_send_post_enqueue),
+        notify_buffer_size: Some(notify_buffer_size::<T>),
+        notify_set_rcvlowat: Some(notify_set_rcvlowat::<T>),
+        unsent_bytes: Some(unsent_bytes::<T>),
+        shutdown: Some(shutdown::<T>),
+        get_local_cid: Some(get_local_cid::<T>),
+        has_remote_cid: Some(has_remote_cid),
+        ..Default::default()
+    }
+}
+
+// The callbacks. Those of a socket are called with its lock held, with the exceptions that `Transport` names.
+
+unsafe extern "C" fn init<T: Transport>(vsk: Vsk, _parent: Vsk) -> c_int {
+    from_result(|| {
+        // SAFETY: The core calls with a locked socket that no transport has.
+        unsafe {
+            let context = context::<T>().ok_or(ENODEV)?;
+            let socket = LockedSocket::assume_locked(Socket::from_raw(vsk));
+            (*vsk).trans = context.new_connection(&socket)?.into_foreign();
+        }
+        Ok(0)
+    })
+}
+
+unsafe extern "C" fn destruct<T: Transport>(vsk: Vsk) {
+    // SAFETY: The core calls once for each `init()`, when nobody else uses the socket or with its lock held.
+    unsafe {
+        let trans = core::mem::replace(&mut (*vsk).trans, ptr::null_mut());
+        drop(Arc::<T::Connection>::try_from_foreign(trans));
+    }
+}
+
+unsafe extern "C" fn release<T: Transport>(vsk: Vsk) {
+    // SAFETY: A callback with the lock held.
+    if let Ok(call) = unsafe { Call::<T>::new(vsk) } {
+        // SAFETY: As above.
+        call.context.release(&mut unsafe { call.locked() });
+    }
+}
+
+unsafe extern "C" fn cancel_pkt<T: Transport>(vsk: Vsk) -> c_int {
+    from_result(|| {
+        // SAFETY: A callback with the lock held.
+        let call = unsafe { Call::<T>::new(vsk) }?;
+        // SAFETY: As above.
+        call.context.cancel(&unsafe { call.locked() });
+        Ok(0)
+    })
+}
+
+unsafe extern "C" fn connect<T: Transport>(vsk: Vsk) -> c_int {
+    from_result(|| {
+        // SAFETY: A callback with the lock held.
+        let call = unsafe { Call::<T>::new(vsk) }?;
+        // SAFETY: As above.
+        call.context
+            .connect(&unsafe { call.locked() }, &call.connection)?;
+        Ok(0)
+    })
+}
+
+unsafe extern "C" fn shutdown<T: Transport>(vsk: Vsk, mode: c_int) -> c_int {
+    from_result(|| {
+        // SAFETY: A callback with the lock held.
+        let call = unsafe { Call::<T>::new(vsk) }?;
+        let directions = Directions::from_bits(mode as u32);
+        // SAFETY: As above.
+        call.context
+            .shutdown(&unsafe { call.locked() }, &call.connection, directions)?;
+        Ok(0)
+    })
+}
+
+unsafe extern "C" fn stream_dequeue<T: Transport>(
+    vsk: Vsk,
+    msg: Msg,
+    len: usize,
+    flags: c_int,
+) -> isize {
+    let received = || {
+        // SAFETY: A callback with the lock held.
+        let call = unsafe { Call::<T>::new(vsk) }?;
+        // SAFETY: The core passes the message of a recvmsg().
+        let message = unsafe { MessageDest::from_raw(msg) };
+        let peek = flags as u32 & bindings::MSG_PEEK != 0;
+        // SAFETY: As above.
+        call.context
+            .receive(&unsafe { call.locked() }, &call.connection, message, len, peek)
+    };
+    size_or_errno(received())
+}
+
+unsafe extern "C" fn stream_enqueue<T: Transport>(vsk: Vsk, msg: Msg, len: usize) -> isize {
+    let sent = || {
+        // SAFETY: A callback with the lock held.
+        let call = unsafe { Call::<T>::new(vsk) }?;
+        // SAFETY: The core passes the message of a sendmsg().
+        let message = unsafe { MessageSource::from_raw(msg) };
+        // SAFETY: As above.
+        call.context
+            .send(&unsafe { call.locked() }, call.connection, message, len)
+    };
+    size_or_errno(sent())
+}
+
+fn size_or_errno(size: Result<usize>) -> isize {
+    match size {
+        Ok(size) => isize::try_from(size).unwrap_or(isize::MAX),
+        Err(error) => error.to_errno() as isize,
+    }
+}
+
+unsafe extern "C" fn stream_has_data<T: Transport>(vsk: Vsk) -> i64 {
+    // SAFETY: A callback.
+    unsafe { Call::<T>::new(vsk) }.map_or(0, |call| T::readable(&call.connection) as i64)
+}
+
+unsafe extern "C" fn stream_has_space<T: Transport>(vsk: Vsk) -> i64 {
+    // SAFETY: A callback.
+    unsafe { Call::<T>::new(vsk) }.map_or(0, |call| T::writable(&call.connection) as i64)
+}
+
+unsafe extern "C" fn unsent_bytes<T: Transport>(vsk: Vsk) -> isize {
+    // SAFETY: A callback.
+    unsafe { Call::<T>::new(vsk) }.map_or(0, |call| T::unsent(&call.connection) as isize)
+}
+
+unsafe extern "C" fn stream_rcvhiwat(vsk: Vsk) -> u64 {
+    // SAFETY: A callback with the lock held.
+    unsafe { (*vsk).buffer_size }
+}
+
+unsafe extern "C" fn stream_is_active(_vsk: Vsk) -> bool {
+    true
+}
+
+unsafe extern "C" fn stream_allow<T: Transport>(vsk: Vsk, cid: u32, port: u32) -> bool {
+    // SAFETY: A callback.
+    unsafe {
+        context::<T>().is_some_and(|context| {
+            context.allows_stream(Socket::from_raw(vsk), Address { cid, port })
+        })
+    }
+}
+
+unsafe extern "C" fn notify_poll_in<T: Transport>(
+    vsk: Vsk,
+    target: usize,
+    ready: *mut bool,
+) -> c_int {
+    // SAFETY: A callback; `ready` is valid for writes.
+    unsafe {
+        *ready =
+            Call::<T>::new(vsk).is_ok_and(|call| T::readable(&call.connection) >= target);
+    }
+    0
+}
+
+unsafe extern "C" fn notify_poll_out<T: Transport>(
+    vsk: Vsk,
+    target: usize,
+    ready: *mut bool,
+) -> c_int {
+    // SAFETY: A callback; `ready` is valid for writes.
+    unsafe {
+        *ready =
+            Call::<T>::new(vsk).is_ok_and(|call| T::writable(&call.connection) >= target);
+    }
+    0
+}
+
+unsafe extern "C" fn notify_recv_init<T: Transport>(
+    vsk: Vsk,
+    _target: usize,
+    _data: RecvNotify,
+) -> c_int {
+    from_result(|| {
+        // SAFETY: A callback with the lock held.
+        let call = unsafe { Call::<T>::new(vsk) }?;
+        // SAFETY: As above.
+        call.context
+            .before_receive(&unsafe { call.locked() }, &call.connection)?;
+        Ok(0)
+    })
+}
+
+unsafe extern "C" fn notify_recv_pre_block<T: Transport>(
+    vsk: Vsk,
+    target: usize,
+    _data: RecvNotify,
+) -> c_int {
+    from_result(|| {
+        // SAFETY: A callback with the lock held.
+        let call = unsafe { Call::<T>::new(vsk) }?;
+        // SAFETY: As above.
+        call.context
+            .before_receive_blocks(&unsafe { call.locked() }, &call.connection, target);
+        Ok(0)
+    })
+}
+
+unsafe extern "C" fn notify_recv_pre_dequeue(_vsk: Vsk, _target: usize, _data: RecvNotify) -> c_int {
+    0
+}
+
+unsafe extern "C" fn notify_recv_post_dequeue(
+    _vsk: Vsk,
+    _target: usize,
+    _copied: isize,
+    _data_read: bool,
+    _data: RecvNotify,
+) -> c_int {
+    0
+}
+
+unsafe extern "C" fn notify_send_init<T: Transport>(vsk: Vsk, _data: SendNotify) -> c_int {
+    from_result(|| {
+        // SAFETY: A callback with the lock held.
+        let call = unsafe { Call::<T>::new(vsk) }?;
+        // SAFETY: As above.
+        call.context
+            .before_send(&unsafe { call.locked() }, &call.connection)?;
+        Ok(0)
+    })
+}
+
+unsafe extern "C" fn notify_send(_vsk: Vsk, _data: SendNotify) -> c_int {
+    0
+}
+
+unsafe extern "C" fn notify_send_post_enqueue(
+    _vsk: Vsk,
+    _written: isize,
+    _data: SendNotify,
+) -> c_int {
+    0
+}
+
+unsafe extern "C" fn notify_buffer_size<T: Transport>(vsk: Vsk, size: *mut u64) {
+    // SAFETY: A callback with the lock held; `size` is valid.
+    unsafe {
+        if let Ok(call) = Call::<T>::new(vsk) {
+            *size = call
+                .context
+                .set_buffer_size(&call.locked(), &call.connection, *size);
+        }
+    }
+}
+
+unsafe extern "C" fn notify_set_rcvlowat<T: Transport>(vsk: Vsk, low_water: c_int) -> c_int {
+    from_result(|| {
+        // SAFETY: A callback with the lock held.
+        let call = unsafe { Call::<T>::new(vsk) }?;
+        let low_water = u32::try_from(low_water)?;
+        // SAFETY: As above.
+        call.context
+            .set_low_water(&unsafe { call.locked() }, &call.connection, low_water);
+        Ok(0)
+    })
+}
+
+unsafe extern "C" fn get_local_cid<T: Transport>() -> u32 {
+    // SAFETY: A callback.
+    unsafe { context::<T>() }.map_or(Address::CID_ANY, |context| context.local_cid())
+}
+
+/// The host may forward to any CID, so each may be reachable.
+unsafe extern "C" fn has_remote_cid(_vsk: Vsk, _cid: u32) -> bool {
+    true
+}

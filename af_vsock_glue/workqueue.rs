@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A workqueue of one's own.
+//!
+//! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
+
+use super::bindings;
+use core::{ops::Deref, ptr::NonNull};
+use kernel::{prelude::*, workqueue::Queue};
+
+/// An owned workqueue. Dropping it waits for all its work, so that no work outlives the module.
+///
+/// # Invariants
+///
+/// The pointer is a workqueue that only this value destroys.
+pub(crate) struct OwnedQueue(NonNull<bindings::workqueue_struct>);
+
+// SAFETY: A workqueue may be used and destroyed by any thread.
+unsafe impl Send for OwnedQueue {}
+// SAFETY: Its functions synchronise by themselves.
+unsafe impl Sync for OwnedQueue {}
+
+impl OwnedQueue {
+    /// Makes a workqueue that runs work on the CPU which queued it.
+    pub(crate) fn new(name: &CStr) -> Result<Self> {
+        // SAFETY: `name` is a C string, which the function copies.
+        let queue = unsafe { bindings::vsock_glue_alloc_workqueue(name.as_char_ptr()) };
+        // INVARIANT: It was made here.
+        NonNull::new(queue).map(Self).ok_or(ENOMEM)
+    }
+
+    /// The C workqueue.
+    pub(super) fn as_raw(&self) -> *mut bindings::workqueue_struct {
+        self.0.as_ptr()
+    }
+}
+
+impl Deref for OwnedQueue {
+    type Target = Queue;
+
+    fn deref(&self) -> &Queue {
+        // SAFETY: By the type invariant the workqueue lives as long as `self`.
+        unsafe { Queue::from_raw(self.0.as_ptr().cast_const().cast()) }
+    }
+}
+
+impl Drop for OwnedQueue {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant nobody else destroys it.
+        unsafe { bindings::destroy_workqueue(self.0.as_ptr()) }
+    }
+}
+
+/// Gives way to other tasks where that is due. For long loops in process context.
+pub(crate) fn cond_resched() {
+    // SAFETY: The callers are in process context (it warns where they are not).
+    unsafe { bindings::vsock_glue_cond_resched() }
+}

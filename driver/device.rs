@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The device comes and goes.
+
+use super::{
+    events::{read_guest_cid, EventQueue},
+    queue_work,
+    rx::RxQueue,
+    work,
+    VsockDriver, //
+};
+use crate::{
+    af_vsock_glue::virtio::{Device, Driver},
+    protocol::{feature, queue},
+};
+use kernel::{prelude::*, sync::ArcBorrow};
+
+/// virtio device type of the socket device (virtio 5.10.1).
+const VIRTIO_ID_VSOCK: u32 = 19;
+
+/// Whether a device is bound to the driver.
+#[derive(Default, PartialEq, Eq)]
+pub(crate) enum DeviceState {
+    /// None is.
+    #[default]
+    Absent,
+    /// One is, asleep or not.
+    Bound,
+}
+
+
+impl Driver for VsockDriver {
+    const DEVICE_TYPE: u32 = VIRTIO_ID_VSOCK;
+    const FEATURES: &'static [u32] = &[feature::STREAM];
+
+    fn probe(this: ArcBorrow<'_, Self>, device: &Device) -> Result {
+        let mut state = this.device.lock();
+        if *state == DeviceState::Bound {
+            dev_err!(
+                device.as_ref(),
+                "a guest has one virtio socket device, and another one is in use\n"
+            );
+            return Err(EBUSY);
+        }
+        this.start(device)?;
+        *state = DeviceState::Bound;
+        Ok(())
+    }
+
+    fn remove(this: ArcBorrow<'_, Self>, _device: &Device) {
+        let mut state = this.device.lock();
+        this.stop();
+        *state = DeviceState::Absent;
+    }
+
+    fn freeze(this: ArcBorrow<'_, Self>, _device: &Device) -> Result {
+        let _state = this.device.lock();
+        this.stop();
+        Ok(())
+    }
+
+    fn restore(this: ArcBorrow<'_, Self>, device: &Device) -> Result {
+        let _state = this.device.lock();
+        this.start(device)
+    }
+
+    fn queue_used(this: ArcBorrow<'_, Self>, queue: u32) {
+        match queue {
+            queue::RX => queue_work::<{ work::RX }>(this.into()),
+            queue::TX => queue_work::<{ work::TX }>(this.into()),
+            queue::EVENT => queue_work::<{ work::EVENTS }>(this.into()),
+            _ => {}
+        }
+    }
+}
+
+impl VsockDriver {
+    /// Begins to use a device. Needs the device mutex.
+    fn start(&self, device: &Device) -> Result {
+        let (live, [rx, tx, events]) =
+            device.make_queues::<{ queue::COUNT }>([c"rx", c"tx", c"event"])?;
+        // On an error below the queues are dropped, which resets the device.
+        let cid = read_guest_cid(&live)?;
+        live.start();
+
+        let mut rx = RxQueue::new(rx);
+        let mut events = EventQueue::new(events);
+        events.fill()?;
+        rx.fill();
+        self.tx.start(tx);
+        self.set_guest_cid(Some(cid));
+        // Interrupts that came before this found no queues; the work looks at them now.
+        *self.events.lock() = Some(events);
+        *self.rx.lock() = Some(rx);
+        dev_info!(device.as_ref(), "virtio socket device with CID {}\n", cid.get());
+        Ok(())
+    }
+
+    /// Stops using the device and resets all connections. Needs the device mutex.
+    fn stop(&self) {
+        self.set_guest_cid(None);
+        // Each queue is dropped after its lock. The first of them resets the device.
+        let rx = self.rx.lock().take();
+        let events = self.events.lock().take();
+        drop((rx, events));
+        self.tx.stop();
+        self.reset_all_connections();
+    }
+}

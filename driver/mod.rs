@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The driver: one virtio socket device, and the sockets that use it.
+//!
+//! | module | what happens there |
+//! | --- | --- |
+//! | [`device`] | the device comes and goes: probe, remove, freeze, restore |
+//! | [`rx`] | packets from the device: which socket they are for, and what follows |
+//! | [`tx`] | packets to the device: the virtqueue, and what waits for room in it |
+//! | [`events`] | the device says that connections are gone |
+//! | [`sockets`] | what the core of AF_VSOCK asks of a transport |
+//! | [`connection`] | what is kept for each socket: credit, the receive queue |
+//! | [`statistics`] | counters for operators, in debugfs |
+//!
+//! A guest has one device at a time, so there is one [`VsockDriver`], which outlives devices. Documentation/
+//! has the locks and their order in one table (locking.md).
+
+pub(crate) mod connection;
+pub(crate) mod device;
+pub(crate) mod events;
+pub(crate) mod rx;
+pub(crate) mod sockets;
+pub(crate) mod statistics;
+pub(crate) mod tx;
+
+use crate::{
+    af_vsock_glue::{
+        socket::Address,
+        workqueue::OwnedQueue, //
+    },
+    protocol::cid::Cid,
+};
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{Atomic, Relaxed},
+        new_mutex, Arc, Mutex,
+    },
+    workqueue::{impl_has_work, new_work, Work, WorkItem},
+};
+
+/// Which of a driver's work items is meant.
+mod work {
+    pub(super) const RX: u64 = 0;
+    pub(super) const TX: u64 = 1;
+    pub(super) const EVENTS: u64 = 2;
+}
+
+/// The driver's state: the device's queues while there is a device, and what is shared by all sockets.
+#[pin_data]
+pub(crate) struct VsockDriver {
+    /// The current device's CID; [`Address::CID_ANY`] while there is no device.
+    guest_cid: Atomic<u32>,
+
+    /// Serialises probe, remove, freeze and restore.
+    #[pin]
+    device: Mutex<device::DeviceState>,
+    #[pin]
+    rx: Mutex<Option<rx::RxQueue>>,
+    #[pin]
+    tx: tx::Tx,
+    #[pin]
+    events: Mutex<Option<events::EventQueue>>,
+
+    #[pin]
+    rx_work: Work<Self, { work::RX }>,
+    #[pin]
+    tx_work: Work<Self, { work::TX }>,
+    #[pin]
+    event_work: Work<Self, { work::EVENTS }>,
+
+    statistics: Arc<statistics::Statistics>,
+
+    /// Runs the work above and the close timeouts of sockets.
+    workqueue: Arc<OwnedQueue>,
+}
+
+impl_has_work! {
+    impl HasWork<Self, { work::RX }> for VsockDriver { self.rx_work }
+    impl HasWork<Self, { work::TX }> for VsockDriver { self.tx_work }
+    impl HasWork<Self, { work::EVENTS }> for VsockDriver { self.event_work }
+}
+
+impl WorkItem<{ work::RX }> for VsockDriver {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.process_rx();
+    }
+}
+
+impl WorkItem<{ work::TX }> for VsockDriver {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.process_tx();
+    }
+}
+
+impl WorkItem<{ work::EVENTS }> for VsockDriver {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.process_events();
+    }
+}
+
+impl VsockDriver {
+    /// A driver without a device. `workqueue` has to outlive all uses of the result.
+    pub(crate) fn new(
+        workqueue: Arc<OwnedQueue>,
+        statistics: Arc<statistics::Statistics>,
+    ) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Self {
+                guest_cid: Atomic::new(Address::CID_ANY),
+                device <- new_mutex!(device::DeviceState::default(), "virtio_vsock_rs_device"),
+                rx <- new_mutex!(None, "virtio_vsock_rs_rx"),
+                tx <- tx::Tx::new(),
+                events <- new_mutex!(None, "virtio_vsock_rs_events"),
+                rx_work <- new_work!("virtio_vsock_rs_rx_work"),
+                tx_work <- new_work!("virtio_vsock_rs_tx_work"),
+                event_work <- new_work!("virtio_vsock_rs_event_work"),
+                statistics,
+                workqueue,
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// The device's CID, `None` while there is no device.
+    fn guest_cid(&self) -> Option<Cid> {
+        Cid::guest_from_config(u64::from(self.guest_cid.load(Relaxed))).ok()
+    }
+
+    fn set_guest_cid(&self, cid: Option<Cid>) {
+        self.guest_cid
+            .store(cid.map_or(Address::CID_ANY, Cid::get), Relaxed);
+    }
+}
+
+/// Lets a work item of the driver run soon. Callable in any context; nothing is lost where it is queued
+/// already, because the work looks at its queue after it left the workqueue.
+fn queue_work<const ID: u64>(driver: Arc<VsockDriver>)
+where
+    VsockDriver: WorkItem<ID, Pointer = Arc<VsockDriver>>,
+    VsockDriver: kernel::workqueue::HasWork<VsockDriver, ID>,
+{
+    let queue = driver.workqueue.clone();
+    // The error is the driver, given back because the work is queued already.
+    let _ = queue.enqueue::<Arc<VsockDriver>, ID>(driver);
+}

@@ -1,0 +1,361 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Packets from the device.
+
+use super::{
+    connection::{Connection, ResetState},
+    queue_work,
+    tx::Message,
+    work,
+    VsockDriver, //
+};
+use crate::{
+    af_vsock_glue::{
+        skb::SkBuff,
+        socket::{Address, Directions, LockedSocket, Socket, SocketState},
+        virtio::{FromDevice, PushError, RawQueue, Virtqueue},
+        workqueue::cond_resched,
+    },
+    protocol::{
+        cid::Cid,
+        connection::{step, ConnectError, State, Step},
+        header::{Header, Op, SocketType, HEADER_LEN},
+    },
+};
+use kernel::{prelude::*, sync::Arc};
+
+/// How many packets one run of the work item takes, so that others get the CPU and the lock.
+const BUDGET: u32 = 256;
+
+/// A packet's payload; its header was cut off.
+type ReceivedPayload = SkBuff<()>;
+
+/// The receive virtqueue. Each of its buffers takes a page of memory and holds a packet with its header.
+pub(crate) struct RxQueue {
+    queue: Virtqueue<(), FromDevice>,
+    /// Buffers that the device has.
+    posted: u32,
+}
+
+impl RxQueue {
+    /// Takes over an empty queue.
+    pub(crate) fn new(queue: RawQueue) -> Self {
+        Self {
+            queue: queue.into(),
+            posted: 0,
+        }
+    }
+
+    /// Gives the device buffers until the queue is full, or memory is short. May sleep.
+    pub(crate) fn fill(&mut self) {
+        while let Ok(buffer) = SkBuff::page_sized(()) {
+            match self.queue.push(buffer) {
+                Ok(()) => self.posted += 1,
+                Err((_, PushError::Full | PushError::Failed(_))) => break,
+            }
+        }
+        self.queue.kick();
+    }
+
+    fn fill_if_low(&mut self) {
+        if self.posted < self.queue.size() / 2 {
+            self.fill();
+        }
+    }
+}
+
+/// The addresses of a packet, checked.
+#[derive(Clone, Copy)]
+struct Flow {
+    remote: Address,
+    local: Address,
+}
+
+impl VsockDriver {
+    /// Receives what the device has sent. Work item; sleeps, and takes sockets' locks.
+    pub(super) fn process_rx(self: &Arc<Self>) {
+        let mut guard = self.rx.lock();
+        let Some(rx) = (*guard).as_mut() else {
+            return;
+        };
+        let mut budget = BUDGET;
+        loop {
+            rx.queue.disable_interrupts();
+            loop {
+                if self.tx.is_congested() {
+                    // The device takes no answers. process_tx() lets this go on once it does.
+                    rx.fill_if_low();
+                    return;
+                }
+                if budget == 0 {
+                    rx.fill_if_low();
+                    queue_work::<{ work::RX }>(self.clone());
+                    return;
+                }
+                let Some(packet) = rx.queue.pop() else {
+                    break;
+                };
+                budget -= 1;
+                rx.posted = rx.posted.saturating_sub(1);
+                match packet {
+                    Ok(packet) => self.receive(packet),
+                    Err(_) => self.statistics.dropped_long.increment(),
+                }
+                rx.fill_if_low();
+                cond_resched();
+            }
+            if rx.queue.is_broken() || rx.queue.enable_interrupts() {
+                break;
+            }
+        }
+        rx.fill_if_low();
+    }
+
+    /// Takes a packet apart and finds the socket that it is for.
+    fn receive(self: &Arc<Self>, mut packet: SkBuff<()>) {
+        let Some(header) = packet.copy_front::<HEADER_LEN>() else {
+            self.statistics.dropped_short.increment();
+            return;
+        };
+        let header = Header::parse(&header);
+        packet.pull(HEADER_LEN);
+        let Some(len) = usize::try_from(header.len)
+            .ok()
+            .filter(|len| *len <= packet.len())
+        else {
+            self.statistics.dropped_short.increment();
+            return;
+        };
+        packet.truncate(len);
+        self.statistics.rx_packets.increment();
+        self.statistics.rx_bytes.add(len);
+
+        let Some(flow) = self.flow(&header) else {
+            self.statistics.dropped_cid.increment();
+            return;
+        };
+        if header.socket_type != SocketType::Stream {
+            self.statistics.unknown_type.increment();
+            self.send_reset_reply(&header);
+            return;
+        }
+        let socket = Socket::find_connected(flow.remote, flow.local)
+            .or_else(|| Socket::find_bound(flow.local));
+        match socket {
+            Some(socket) => self.receive_for(&socket.lock(), flow, &header, packet),
+            None => self.send_reset_reply(&header),
+        }
+    }
+
+    /// The addresses of a packet that a guest with our CID may get from somebody else.
+    fn flow(self: &Arc<Self>, header: &Header) -> Option<Flow> {
+        let source = Cid::from_wire(header.src_cid).ok()?;
+        let is_ours = || {
+            self.guest_cid()
+                .is_some_and(|cid| u64::from(cid.get()) == header.dst_cid && cid != source)
+        };
+        if !is_ours() {
+            // Perhaps the CID has changed, and the event that says so waits in its queue.
+            self.process_events();
+            if !is_ours() {
+                return None;
+            }
+        }
+        Some(Flow {
+            remote: Address {
+                cid: source.get(),
+                port: header.src_port,
+            },
+            local: Address {
+                // It is the guest's CID, so it fits.
+                cid: u32::try_from(header.dst_cid).ok()?,
+                port: header.dst_port,
+            },
+        })
+    }
+
+    /// Does what a packet means for the socket that it was found to be for.
+    fn receive_for(
+        &self,
+        socket: &LockedSocket<'_>,
+        flow: Flow,
+        header: &Header,
+        payload: ReceivedPayload,
+    ) {
+        let state = protocol_state(socket.state());
+        // While nobody had its lock the socket may have been closed, or connected to somebody else.
+        if !socket.is_stream()
+            || socket.is_done()
+            || (state != State::Listening && !socket.accepts_source::<Self>(flow.remote))
+        {
+            self.send_reset_reply(header);
+            return;
+        }
+        let Some(connection) = socket.connection::<Self>() else {
+            // A listener has none; anything else has.
+            match step(state, 0, header) {
+                Step::Accept => self.accept(socket, flow, header),
+                Step::Refuse => self.send_reset_reply(header),
+                _ => self.statistics.dropped_state.increment(),
+            }
+            return;
+        };
+        if connection.note_peer_credit(header.buf_alloc, header.fwd_cnt) {
+            socket.write_space();
+        }
+
+        match step(state, socket.peer_shutdown().bits(), header) {
+            Step::Accept | Step::Refuse => self.send_reset_reply(header),
+            Step::Establish => {
+                socket.set_connected();
+                socket.insert_connected();
+                socket.state_change();
+            }
+            Step::FailConnect { error, reply } => {
+                if reply {
+                    self.send_reset_reply(header);
+                }
+                socket.set_state(SocketState::Closed);
+                socket.fail(match error {
+                    ConnectError::Refused => ECONNRESET,
+                    ConnectError::Protocol => EPROTO,
+                });
+            }
+            Step::Deliver => self.deliver(socket, &connection, header, payload),
+            Step::SendCredit => self.send_credit_update(socket, &connection, true),
+            Step::NoteCredit => {}
+            Step::PeerShutdown(directions) => {
+                self.peer_shut_down(socket, &connection, Directions::from_bits(directions));
+            }
+            Step::PeerClosed => self.finish_connection(socket, &connection),
+            Step::PeerForgot => {
+                self.send_reset_reply(header);
+                self.reset_connection(socket, &connection);
+            }
+            Step::Drop => self.statistics.dropped_state.increment(),
+        }
+    }
+
+    /// Makes a connection for a listener, or refuses it.
+    fn accept(&self, listener: &LockedSocket<'_>, flow: Flow, header: &Header) {
+        if self.try_accept(listener, flow, header).is_err() {
+            self.send_reset_reply(header);
+        }
+    }
+
+    fn try_accept(&self, listener: &LockedSocket<'_>, flow: Flow, header: &Header) -> Result {
+        // A listener that is being closed has emptied its queue; what came later would stay there.
+        if listener.accept_queue_is_full() || listener.shutdown() == Directions::BOTH {
+            return Err(ECONNREFUSED);
+        }
+        let child = listener.create_child().ok_or(ENOMEM)?;
+        {
+            let mut child = child.lock_child();
+            child.set_state(SocketState::Established);
+            child.set_addresses(flow.local, flow.remote);
+            child.assign_transport::<Self>(listener)?;
+            let connection = child.connection::<Self>().ok_or(ENODEV)?;
+            connection.note_peer_credit(header.buf_alloc, header.fwd_cnt);
+            let response =
+                self.control_packet(&child, &connection, Message::reply(Op::Response))?;
+            child.insert_connected();
+            listener.enqueue_accept(&child);
+            // If this fails the device is gone, and with it all connections are reset.
+            let _ = self.transmit(response);
+        }
+        listener.wake_acceptors();
+        Ok(())
+    }
+
+    /// Puts payload where readers find it.
+    fn deliver(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        header: &Header,
+        payload: ReceivedPayload,
+    ) {
+        if connection.enqueue(payload).is_ok() {
+            socket.wake_readers();
+            return;
+        }
+        // Its data would be lost, so the connection ends instead.
+        self.statistics.credit_exceeded.increment();
+        self.send_reset_reply(header);
+        self.finish_connection(socket, connection);
+        socket.fail(ENOBUFS);
+        socket.remove_from_tables();
+    }
+
+    /// Notes what the peer has shut down by now.
+    fn peer_shut_down(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        directions: Directions,
+    ) {
+        let changed = directions != socket.peer_shutdown();
+        socket.set_peer_shutdown(directions);
+        if directions == Directions::BOTH {
+            if connection.readable() == 0 {
+                // Nothing is to be read any more: this answers the peer's close.
+                let _ = self.send_control(socket, connection, Message::reply(Op::Rst));
+                self.finish_connection(socket, connection);
+            }
+            // The peer may use its port anew, though ours has not closed the socket.
+            socket.remove_from_tables();
+        }
+        if changed {
+            socket.state_change();
+        }
+    }
+
+    /// Ends a connection that the peer has closed. What was received can still be read.
+    pub(super) fn finish_connection(&self, socket: &LockedSocket<'_>, connection: &Connection) {
+        socket.set_done();
+        socket.set_peer_shutdown(Directions::BOTH);
+        if connection.readable() == 0 {
+            socket.set_state(SocketState::Closing);
+        }
+        socket.state_change();
+        if socket.cancel_close() {
+            self.forget(socket, connection);
+        }
+    }
+
+    /// Takes a closed socket out of the core's tables.
+    pub(super) fn forget(&self, socket: &LockedSocket<'_>, connection: &Connection) {
+        connection.purge();
+        socket.remove_from_tables();
+    }
+
+    /// Ends a connection that the device has lost: every call of the application fails with ECONNRESET.
+    pub(super) fn reset_connection(&self, socket: &LockedSocket<'_>, connection: &Connection) {
+        if connection.reset_state() != ResetState::No {
+            return;
+        }
+        connection.set_reset_state(ResetState::Untold);
+        connection.purge();
+        self.statistics.reset_connections.increment();
+        if socket.close_is_scheduled() {
+            // The application has closed it already, so it only goes a little sooner.
+            socket.set_done();
+            socket.cancel_close();
+        } else if socket.state() == SocketState::Established && !socket.is_done() {
+            // The socket stays established for the core, which asks before_receive() and before_send().
+            socket.set_peer_shutdown(socket.peer_shutdown().with(Directions::SEND));
+            socket.fail(ECONNRESET);
+        }
+        socket.remove_from_tables();
+    }
+}
+
+fn protocol_state(state: SocketState) -> State {
+    match state {
+        SocketState::Closed => State::Closed,
+        SocketState::Connecting => State::Connecting,
+        SocketState::Established => State::Established,
+        SocketState::Closing => State::Closing,
+        SocketState::Listening => State::Listening,
+    }
+}

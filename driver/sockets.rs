@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the core of AF_VSOCK asks of a transport.
+//!
+//! Every function here is called with the socket's lock held, where it takes a [`LockedSocket`].
+
+use super::{
+    connection::{Connection, ResetState},
+    tx::Message,
+    VsockDriver, //
+};
+use crate::{
+    af_vsock_glue::{
+        message::{MessageDest, MessageSource},
+        socket::{Address, Directions, LockedSocket, Socket, SocketState},
+        transport::Transport,
+    },
+    protocol::{header::Op, MAX_PAYLOAD},
+};
+use kernel::{
+    prelude::*,
+    sync::{atomic::Relaxed, Arc, ArcBorrow},
+    time::msecs_to_jiffies,
+};
+
+/// How long a closed socket's peer has to answer, in milliseconds.
+const CLOSE_TIMEOUT_MS: u32 = 8000;
+
+/// The largest receive buffer that the protocol can express, in bytes.
+const MAX_BUFFER_SIZE: u64 = u32::MAX as u64;
+
+impl Transport for VsockDriver {
+    type Connection = Connection;
+
+    fn local_cid(&self) -> u32 {
+        self.guest_cid.load(Relaxed)
+    }
+
+    fn new_connection(&self, socket: &LockedSocket<'_>) -> Result<Arc<Connection>> {
+        socket.limit_buffer_size(MAX_BUFFER_SIZE);
+        Connection::new(u32::try_from(socket.buffer_size())?)
+    }
+
+    fn release(self: ArcBorrow<'_, Self>, socket: &mut LockedSocket<'_>) {
+        if self.close(socket) == Closed::Now {
+            socket.set_done();
+            if let Some(connection) = socket.connection::<Self>() {
+                self.forget(socket, &connection);
+            }
+        }
+    }
+
+    fn close_timeout(&self, socket: &LockedSocket<'_>) {
+        let Some(connection) = socket.connection::<Self>() else {
+            return;
+        };
+        if !socket.is_done() {
+            let _ = self.send_control(socket, &connection, Message::of(Op::Rst));
+            self.finish_connection(socket, &connection);
+        }
+        self.forget(socket, &connection);
+    }
+
+    fn connect(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
+        self.send_control(socket, connection, Message::of(Op::Request))
+    }
+
+    fn cancel(self: ArcBorrow<'_, Self>, socket: &LockedSocket<'_>) {
+        self.cancel_waiting(socket);
+    }
+
+    fn shutdown(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        directions: Directions,
+    ) -> Result {
+        if connection.reset_state() != ResetState::No {
+            return Ok(());
+        }
+        self.send_shutdown(socket, connection, directions)
+    }
+
+    fn allows_stream(&self, socket: &Socket, _remote: Address) -> bool {
+        socket.in_global_namespace()
+    }
+
+    fn before_receive(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
+        tell_of_reset(socket, connection)
+    }
+
+    fn before_receive_blocks(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        wanted: usize,
+    ) {
+        if connection.wants_credit_update(u32::try_from(wanted).unwrap_or(u32::MAX)) {
+            self.send_credit_update(socket, connection, false);
+        }
+    }
+
+    fn receive(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        message: &mut MessageDest,
+        len: usize,
+        peek: bool,
+    ) -> Result<usize> {
+        if peek {
+            return connection.peek(len, |packet, offset, part| {
+                packet.copy_to(offset, message, part)
+            });
+        }
+        let received = connection.dequeue(len, |packet, offset, part| {
+            packet.copy_to(offset, message, part)
+        })?;
+        if connection.wants_credit_update(socket.low_water())
+            && socket.state() == SocketState::Established
+        {
+            self.send_credit_update(socket, connection, false);
+        }
+        Ok(received)
+    }
+
+    fn before_send(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
+        tell_of_reset(socket, connection)
+    }
+
+    fn send(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Connection>,
+        message: &mut MessageSource,
+        len: usize,
+    ) -> Result<usize> {
+        let credit = connection.take_send_credit(u32::try_from(len).unwrap_or(u32::MAX));
+        if credit == 0 && len > 0 {
+            self.statistics.credit_stalls.increment();
+            return Ok(0);
+        }
+        let mut left = credit;
+        while left > 0 {
+            let part = left.min(MAX_PAYLOAD);
+            let sent = self
+                .payload_packet(socket, connection, message, part)
+                .and_then(|packet| self.transmit(packet));
+            if let Err(error) = sent {
+                connection.return_send_credit(left);
+                if left == credit {
+                    return Err(error);
+                }
+                break;
+            }
+            left -= part;
+        }
+        Ok((credit - left) as usize)
+    }
+
+    fn readable(connection: &Connection) -> usize {
+        connection.readable() as usize
+    }
+
+    fn writable(connection: &Connection) -> usize {
+        connection.writable() as usize
+    }
+
+    fn unsent(connection: &Connection) -> usize {
+        connection.unsent()
+    }
+
+    fn set_buffer_size(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        size: u64,
+    ) -> u64 {
+        let size = size.min(MAX_BUFFER_SIZE);
+        connection.set_buf_alloc(u32::try_from(size).unwrap_or(u32::MAX));
+        if socket.state() == SocketState::Established && !socket.is_done() {
+            self.send_credit_update(socket, connection, false);
+        }
+        size
+    }
+
+    fn set_low_water(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        low_water: u32,
+    ) {
+        // A sender that waits for room must not wait for a reader that waits for more data.
+        if connection.wants_credit_update(low_water) {
+            self.send_credit_update(socket, connection, false);
+        }
+    }
+}
+
+/// Whether a socket that is being closed can be forgotten.
+#[derive(PartialEq, Eq)]
+enum Closed {
+    Now,
+    /// When the peer has answered, or its time is up.
+    Later,
+}
+
+impl VsockDriver {
+    /// Says goodbye to the peer of a socket that is being closed.
+    fn close(self: ArcBorrow<'_, Self>, socket: &mut LockedSocket<'_>) -> Closed {
+        let Some(connection) = socket.connection::<Self>() else {
+            return Closed::Now;
+        };
+        if connection.reset_state() != ResetState::No {
+            return Closed::Now;
+        }
+        match socket.state() {
+            SocketState::Established | SocketState::Closing => {}
+            SocketState::Connecting => {
+                // A response that comes all the same is answered with RST.
+                self.cancel_waiting(socket);
+                return Closed::Now;
+            }
+            SocketState::Closed | SocketState::Listening => return Closed::Now,
+        }
+        if socket.peer_shutdown() == Directions::BOTH {
+            // The peer has closed, this is the answer. It may have been given already.
+            if !socket.is_done() {
+                let _ = self.send_control(socket, &connection, Message::of(Op::Rst));
+            }
+            return Closed::Now;
+        }
+        if socket.shutdown() != Directions::BOTH
+            && self
+                .send_shutdown(socket, &connection, Directions::BOTH)
+                .is_err()
+        {
+            return Closed::Now;
+        }
+        socket.linger();
+        if socket.is_done() {
+            return Closed::Now;
+        }
+        socket.schedule_close::<Self>(&self.workqueue, msecs_to_jiffies(CLOSE_TIMEOUT_MS));
+        Closed::Later
+    }
+
+    fn send_shutdown(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        directions: Directions,
+    ) -> Result {
+        let message = Message {
+            // The protocol's flags are the socket layer's bits.
+            flags: directions.bits(),
+            ..Message::of(Op::Shutdown)
+        };
+        self.send_control(socket, connection, message)
+    }
+}
+
+/// Fails with ECONNRESET where the device has reset the connection and the application was not told yet.
+///
+/// Afterwards readers get the end of the stream and writers EPIPE, as with TCP.
+fn tell_of_reset(socket: &LockedSocket<'_>, connection: &Connection) -> Result {
+    if connection.reset_state() != ResetState::Untold {
+        return Ok(());
+    }
+    // SO_ERROR may have told the application already.
+    let told_now = socket.take_error();
+    connection.set_reset_state(ResetState::Told);
+    socket.set_shutdown(Directions::BOTH);
+    socket.set_done();
+    socket.set_state(SocketState::Closed);
+    if told_now {
+        return Err(ECONNRESET);
+    }
+    Ok(())
+}

@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Credit: how many bytes a sender may have on their way (virtio 5.10.6.3).
+//!
+//! All counters run freely and wrap at 2^32; only differences between them mean anything.
+
+use super::MAX_PAYLOAD;
+
+/// What we may send: our view of the peer's receive buffer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SendCredit {
+    /// Bytes that we have sent since the connection began.
+    tx_cnt: u32,
+    /// Bytes that the peer has consumed, as it told us last.
+    peer_fwd_cnt: u32,
+    /// Size of the peer's receive buffer, as it told us last.
+    peer_buf_alloc: u32,
+}
+
+impl SendCredit {
+    /// Bytes that may be sent now.
+    ///
+    /// `limit` caps what the peer offers: a peer that advertises a huge buffer does not make us queue
+    /// more than our own buffer size allows. A peer that shrinks its buffer below what is on its way
+    /// leaves no room, not a negative amount of it.
+    pub fn available(&self, limit: u32) -> u32 {
+        let in_flight = self.tx_cnt.wrapping_sub(self.peer_fwd_cnt);
+        self.peer_buf_alloc.min(limit).saturating_sub(in_flight)
+    }
+
+    /// Takes up to `wanted` bytes of credit and returns how many it took.
+    pub fn take(&mut self, wanted: u32, limit: u32) -> u32 {
+        let taken = wanted.min(self.available(limit));
+        self.tx_cnt = self.tx_cnt.wrapping_add(taken);
+        taken
+    }
+
+    /// Gives back credit that was taken for bytes which are not sent after all.
+    pub fn give_back(&mut self, unused: u32) {
+        self.tx_cnt = self.tx_cnt.wrapping_sub(unused);
+    }
+
+    /// Notes what a packet of the peer says about its receive buffer.
+    pub fn update(&mut self, peer_buf_alloc: u32, peer_fwd_cnt: u32) {
+        self.peer_buf_alloc = peer_buf_alloc;
+        self.peer_fwd_cnt = peer_fwd_cnt;
+    }
+}
+
+/// What the peer may send: our receive buffer.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ReceiveCredit {
+    /// Size of our receive buffer.
+    buf_alloc: u32,
+    /// Bytes of packets that have left the buffer since the connection began.
+    fwd_cnt: u32,
+    /// `fwd_cnt` as the peer knows it.
+    advertised_fwd_cnt: u32,
+    /// Bytes of the packets that are in the buffer, read in part or not at all.
+    held: u32,
+    /// Bytes of those that have not been read.
+    unread: u32,
+}
+
+/// The peer has sent more than its credit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CreditExceeded;
+
+impl ReceiveCredit {
+    /// A buffer of `buf_alloc` bytes with nothing in it.
+    pub fn new(buf_alloc: u32) -> Self {
+        ReceiveCredit {
+            buf_alloc,
+            ..Default::default()
+        }
+    }
+
+    /// Bytes that a reader can get.
+    pub fn unread(&self) -> u32 {
+        self.unread
+    }
+
+    /// Size of the buffer.
+    pub fn buf_alloc(&self) -> u32 {
+        self.buf_alloc
+    }
+
+    /// Changes the size of the buffer. It may become smaller than what is in it.
+    pub fn set_buf_alloc(&mut self, buf_alloc: u32) {
+        self.buf_alloc = buf_alloc;
+    }
+
+    /// Takes in a packet of `len` bytes.
+    pub fn receive(&mut self, len: u32) -> Result<(), CreditExceeded> {
+        let held = self.held.checked_add(len).ok_or(CreditExceeded)?;
+        if held > self.buf_alloc {
+            return Err(CreditExceeded);
+        }
+        self.held = held;
+        self.unread += len;
+        Ok(())
+    }
+
+    /// Notes that `read` bytes were read, and that packets of `freed` bytes left the buffer thereby.
+    ///
+    /// Credit goes back to the peer by whole packets, when their memory is free again.
+    pub fn consume(&mut self, read: u32, freed: u32) {
+        self.unread = self.unread.saturating_sub(read);
+        self.held = self.held.saturating_sub(freed);
+        self.fwd_cnt = self.fwd_cnt.wrapping_add(freed);
+    }
+
+    /// The `buf_alloc` and `fwd_cnt` for a packet that is about to be sent.
+    pub fn advertise(&mut self) -> (u32, u32) {
+        self.advertised_fwd_cnt = self.fwd_cnt;
+        (self.buf_alloc, self.fwd_cnt)
+    }
+
+    /// Bytes that the peer does not know to be free again.
+    fn unadvertised(&self) -> u32 {
+        self.fwd_cnt.wrapping_sub(self.advertised_fwd_cnt)
+    }
+
+    /// Bytes that the peer believes it may send.
+    fn peer_may_send(&self) -> u32 {
+        self.buf_alloc
+            .saturating_sub(self.held)
+            .saturating_sub(self.unadvertised())
+    }
+
+    /// Whether the peer should be told of freed space now, when a reader waits for `low_water` bytes.
+    ///
+    /// Yes where the peer cannot send what the reader waits for, and where it knows of less than half of
+    /// the buffer while at least half of it (or one full packet) was freed. Everything else can wait for
+    /// the next packet that goes to the peer anyway.
+    pub fn wants_update(&self, low_water: u32) -> bool {
+        let unadvertised = self.unadvertised();
+        if unadvertised == 0 {
+            return false;
+        }
+        let peer_may_send = self.peer_may_send();
+        let reader_starves = self.unread.saturating_add(peer_may_send) < low_water;
+        let half = self.buf_alloc / 2;
+        reader_starves || (peer_may_send <= half && unadvertised >= half.min(MAX_PAYLOAD))
+    }
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What the bytes of the virtio socket device mean.
+//!
+//! Everything here is a function of its arguments: headers ([`header`]), addresses ([`cid`]), credit
+//! arithmetic ([`credit`]), what a packet does to a connection in a given state ([`connection`]) and what
+//! the device says on its event queue ([`event`]). There is no kernel type, no lock and no unsafe code, so
+//! the same files are built into the module and, by path, into a user-space crate where they are tested,
+//! fuzzed and model-checked.
+//!
+//! The source is section 5.10 "Socket Device" of the virtio specification, cited below as "virtio 5.10.x".
+
+#![forbid(unsafe_code)]
+// Public for the user-space crate.
+#![allow(unreachable_pub)]
+
+pub mod cid;
+pub mod connection;
+pub mod credit;
+pub mod event;
+pub mod header;
+
+/// The largest payload of one packet, in bytes (what Linux's vhost-vsock and virtio transports use).
+pub const MAX_PAYLOAD: u32 = 64 * 1024;
+
+/// Device feature bits (virtio 5.10.3).
+pub mod feature {
+    /// `VIRTIO_VSOCK_F_STREAM`: stream sockets are supported.
+    pub const STREAM: u32 = 0;
+}
+
+/// Virtqueue numbers (virtio 5.10.2).
+pub mod queue {
+    /// Packets from the device.
+    pub const RX: u32 = 0;
+    /// Packets to the device.
+    pub const TX: u32 = 1;
+    /// Events of the device.
+    pub const EVENT: u32 = 2;
+    /// How many queues there are.
+    pub const COUNT: usize = 3;
+}
