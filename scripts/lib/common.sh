@@ -66,7 +66,7 @@ step() {
     fi
     printf 'failed after %d s\n' $((SECONDS - started))
     printf '\n--- the end of %s\n' "$log" >&2
-    tail -n 40 "$log" >&2
+    tail -n 80 "$log" >&2
     printf -- '---\n' >&2
     explain_failure "$log" "$description"
 }

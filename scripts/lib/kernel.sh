@@ -93,7 +93,7 @@ config_text() {
 }
 
 # check_compilers CONFIG RUNNER...: ends the script when the compilers that RUNNER starts are not those of a kernel
-# configuration. Sets KERNEL_CC.
+# configuration; COMPILER_MENDING says what mends that. Sets KERNEL_CC.
 check_compilers() {
     local config=$1 want have
     shift
@@ -103,17 +103,17 @@ check_compilers() {
     have=$("$@" rustc --version 2>/dev/null) || have="no rustc"
     [[ $have == "$want" ]] ||
         die "the kernel was built with '$want', and here is '$have'; its modules need the very same compiler" \
-            "${COMPILER_MENDING:-install that rustc, or use make KERNEL=<release> with a kernel built by this one}"
+            "$COMPILER_MENDING"
     want=$(config_text CONFIG_BINDGEN_VERSION_TEXT "$config")
     have=$("$@" bindgen --version 2>/dev/null) || have="no bindgen"
     [[ -z $want || $have == "$want" ]] ||
-        die "the kernel was built with '$want', and here is '$have'" "${COMPILER_MENDING:-install that bindgen}"
+        die "the kernel was built with '$want', and here is '$have'" "$COMPILER_MENDING"
     want=$(config_text CONFIG_CC_VERSION_TEXT "$config")
     KERNEL_CC=${want%% *}
     have=$("$@" "$KERNEL_CC" --version 2>/dev/null | head -n 1) || true
     [[ $have == "$want" ]] ||
         die "the kernel was built with '$want', and here is '${have:-no $KERNEL_CC}'" \
-            "${COMPILER_MENDING:-install that compiler}"
+            "$COMPILER_MENDING"
 }
 
 ensure_kernel_tree() {

@@ -17,7 +17,8 @@ use_kernel_tree() {
     KERNEL_TREE=$kdir
     KBUILD_RUNNER='env'
     [[ $kdir != "$VSOCK_CACHE"/* ]] || KBUILD_RUNNER=in_root
-    check_compilers "$kdir/.config" "$KBUILD_RUNNER"
+    COMPILER_MENDING="install that one; or use a tree of 'make kernel-tree', which comes with its compilers" \
+        check_compilers "$kdir/.config" "$KBUILD_RUNNER"
 }
 
 # run_kbuild TARGET ARGUMENT...: MODULE_OUTPUT is another folder for what is built.
