@@ -4,6 +4,14 @@
 
 #![allow(
     clippy::all,
+    clippy::missing_safety_doc,
+    clippy::undocumented_unsafe_blocks,
+    clippy::ptr_as_ptr,
+    clippy::ref_as_ptr,
+    clippy::as_ptr_cast_mut,
+    clippy::as_underscore,
+    clippy::cast_lossless,
+    clippy::ignored_unit_patterns,
     dead_code,
     missing_docs,
     non_camel_case_types,

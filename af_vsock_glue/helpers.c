@@ -208,7 +208,8 @@ int vsock_glue_add_out(struct virtqueue *vq, struct sk_buff *skb)
 	for (i = 0; i < shinfo->nr_frags; i++) {
 		const skb_frag_t *frag = &shinfo->frags[i];
 
-		sg_set_page(&sg[i + 1], skb_frag_page(frag), skb_frag_size(frag), skb_frag_off(frag));
+		sg_set_page(&sg[i + 1], skb_frag_page(frag), skb_frag_size(frag),
+			    skb_frag_off(frag));
 	}
 	return virtqueue_add_outbuf(vq, sg, count, skb, GFP_KERNEL);
 }

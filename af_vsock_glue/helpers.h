@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What the Rust glue calls in C: the headers that bindgen reads, and a function for each inline function or
- * macro of the kernel that Rust cannot call. No behaviour of the driver is here.
+ * What the Rust glue calls in C: the headers that bindgen reads, and a function for each inline
+ * function or macro of the kernel that Rust cannot call. No behaviour of the driver is here.
  */
 #ifndef _AF_VSOCK_GLUE_HELPERS_H
 #define _AF_VSOCK_GLUE_HELPERS_H

@@ -10,12 +10,7 @@ use super::{
     socket::Socket,
 };
 use core::{marker::PhantomData, mem::ManuallyDrop, ptr, ptr::NonNull};
-use kernel::{
-    alloc::AllocError,
-    error::to_result,
-    ffi::c_int,
-    prelude::*,
-};
+use kernel::{alloc::AllocError, error::to_result, ffi::c_int, prelude::*};
 
 /// Size of `skb->cb`, the room that a buffer has for its owner's use.
 const CB_SIZE: usize = 48;
@@ -67,11 +62,7 @@ impl<C> SkBuff<C> {
     /// # Errors
     ///
     /// ENOMEM, or EFAULT where the message cannot be read; the message is then as before.
-    pub(crate) fn outgoing(
-        header: &[u8],
-        payload: Payload<'_>,
-        control: C,
-    ) -> Result<Self> {
+    pub(crate) fn outgoing(header: &[u8], payload: Payload<'_>, control: C) -> Result<Self> {
         let len = match &payload {
             Payload::None => 0,
             Payload::Message(_, len) => *len,

@@ -503,9 +503,7 @@ impl<'a> LockedSocket<'a> {
     /// Gives a new connection of `listener` the transport that its addresses call for, `T` or none.
     pub(crate) fn assign_transport<T: Transport>(&mut self, listener: &LockedSocket<'_>) -> Result {
         // SAFETY: Both are locked; `self` is borrowed mutably, so nobody has its connection state.
-        to_result(unsafe {
-            bindings::vsock_assign_transport(self.as_raw(), listener.as_raw())
-        })?;
+        to_result(unsafe { bindings::vsock_assign_transport(self.as_raw(), listener.as_raw()) })?;
         if self.connection::<T>().is_none() {
             return Err(ENODEV);
         }
@@ -585,7 +583,7 @@ impl<'a> LockedSocket<'a> {
 }
 
 /// Runs when a closed socket's peer has not answered in time.
-unsafe extern "C" fn close_timeout<T: Transport>(work: *mut bindings::work_struct) {
+extern "C" fn close_timeout<T: Transport>(work: *mut bindings::work_struct) {
     // SAFETY: The work is that of `vsock_sock::close_work`, and owns a reference.
     let socket: ARef<Socket> = unsafe {
         let vsk = work

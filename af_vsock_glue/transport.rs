@@ -61,11 +61,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     fn allows_stream(&self, socket: &Socket, remote: Address) -> bool;
 
     /// A reader is about to look for data.
-    fn before_receive(
-        &self,
-        socket: &LockedSocket<'_>,
-        connection: &Self::Connection,
-    ) -> Result;
+    fn before_receive(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> Result;
 
     /// A reader is about to wait for data, `wanted` bytes at least.
     fn before_receive_blocks(
@@ -163,7 +159,10 @@ impl<T: Transport> Registration<T> {
     /// # Errors
     ///
     /// EBUSY where there is one from guest to host already.
-    pub(crate) fn new<'a>(module: &'static ThisModule, context: Arc<T>) -> impl PinInit<Self, Error> + 'a {
+    pub(crate) fn new<'a>(
+        module: &'static ThisModule,
+        context: Arc<T>,
+    ) -> impl PinInit<Self, Error> + 'a {
         try_pin_init!(Self {
             header <- Opaque::try_ffi_init({
                 let context = Arc::as_ptr(&context);
@@ -257,41 +256,41 @@ pub(super) unsafe fn borrow_connection<'a, T: Transport>(
     }
 }
 
-/// What a callback of the core is about.
-struct Call<'a, T: Transport> {
-    context: ArcBorrow<'a, T>,
-    socket: &'a Socket,
-    connection: ArcBorrow<'a, T::Connection>,
-}
-
-impl<'a, T: Transport> Call<'a, T> {
-    /// # Safety
-    ///
-    /// The call is one of the core for a socket that was given to the transport, and lasts for `'a`.
-    unsafe fn new(vsk: *mut bindings::vsock_sock) -> Result<Self> {
-        // SAFETY: As the caller promises.
-        unsafe {
-            Ok(Self {
-                context: context::<T>().ok_or(ENODEV)?,
-                socket: Socket::from_raw(vsk),
-                connection: borrow_connection::<T>(vsk).ok_or(ENOTCONN)?,
-            })
-        }
-    }
-
-    /// # Safety
-    ///
-    /// The core holds the socket's lock during the call.
-    unsafe fn locked(&self) -> LockedSocket<'a> {
-        // SAFETY: As the caller promises.
-        unsafe { LockedSocket::assume_locked(self.socket) }
-    }
-}
-
 type Vsk = *mut bindings::vsock_sock;
 type Msg = *mut bindings::msghdr;
 type RecvNotify = *mut bindings::vsock_transport_recv_notify_data;
 type SendNotify = *mut bindings::vsock_transport_send_notify_data;
+
+/// Does what a callback of the core is for: `act` gets the context, the locked socket and its connection.
+///
+/// # Safety
+///
+/// The core calls for a socket that was given to `T`, and holds the socket's lock.
+unsafe fn with_socket<T: Transport, R>(
+    vsk: Vsk,
+    act: impl FnOnce(ArcBorrow<'_, T>, &mut LockedSocket<'_>, ArcBorrow<'_, T::Connection>) -> Result<R>,
+) -> Result<R> {
+    // SAFETY: As the caller promises: the transport is registered, the socket valid and locked, and it stays
+    // `T`'s, because only the caller could give it to another transport.
+    let (context, mut socket, connection) = unsafe {
+        (
+            context::<T>().ok_or(ENODEV)?,
+            LockedSocket::assume_locked(Socket::from_raw(vsk)),
+            borrow_connection::<T>(vsk).ok_or(ENOTCONN)?,
+        )
+    };
+    act(context, &mut socket, connection)
+}
+
+/// Asks the connection of a socket for a number; 0 where it has none.
+///
+/// # Safety
+///
+/// The core calls for a socket that was given to `T`.
+unsafe fn ask_connection<T: Transport>(vsk: Vsk, ask: fn(&T::Connection) -> usize) -> usize {
+    // SAFETY: As the caller promises.
+    unsafe { borrow_connection::<T>(vsk) }.map_or(0, |connection| ask(&connection))
+}
 
 fn operations<T: Transport>(module: &'static ThisModule) -> bindings::vsock_transport {
     bindings::vsock_transport {
@@ -330,7 +329,7 @@ fn operations<T: Transport>(module: &'static ThisModule) -> bindings::vsock_tran
 
 // The callbacks. Those of a socket are called with its lock held, with the exceptions that `Transport` names.
 
-unsafe extern "C" fn init<T: Transport>(vsk: Vsk, _parent: Vsk) -> c_int {
+extern "C" fn init<T: Transport>(vsk: Vsk, _parent: Vsk) -> c_int {
     from_result(|| {
         // SAFETY: The core calls with a locked socket that no transport has.
         unsafe {
@@ -342,7 +341,7 @@ unsafe extern "C" fn init<T: Transport>(vsk: Vsk, _parent: Vsk) -> c_int {
     })
 }
 
-unsafe extern "C" fn destruct<T: Transport>(vsk: Vsk) {
+extern "C" fn destruct<T: Transport>(vsk: Vsk) {
     // SAFETY: The core calls once for each `init()`, when nobody else uses the socket or with its lock held.
     unsafe {
         let trans = core::mem::replace(&mut (*vsk).trans, ptr::null_mut());
@@ -350,77 +349,70 @@ unsafe extern "C" fn destruct<T: Transport>(vsk: Vsk) {
     }
 }
 
-unsafe extern "C" fn release<T: Transport>(vsk: Vsk) {
-    // SAFETY: A callback with the lock held.
-    if let Ok(call) = unsafe { Call::<T>::new(vsk) } {
-        // SAFETY: As above.
-        call.context.release(&mut unsafe { call.locked() });
-    }
-}
-
-unsafe extern "C" fn cancel_pkt<T: Transport>(vsk: Vsk) -> c_int {
-    from_result(|| {
-        // SAFETY: A callback with the lock held.
-        let call = unsafe { Call::<T>::new(vsk) }?;
-        // SAFETY: As above.
-        call.context.cancel(&unsafe { call.locked() });
-        Ok(0)
-    })
-}
-
-unsafe extern "C" fn connect<T: Transport>(vsk: Vsk) -> c_int {
-    from_result(|| {
-        // SAFETY: A callback with the lock held.
-        let call = unsafe { Call::<T>::new(vsk) }?;
-        // SAFETY: As above.
-        call.context
-            .connect(&unsafe { call.locked() }, &call.connection)?;
-        Ok(0)
-    })
-}
-
-unsafe extern "C" fn shutdown<T: Transport>(vsk: Vsk, mode: c_int) -> c_int {
-    from_result(|| {
-        // SAFETY: A callback with the lock held.
-        let call = unsafe { Call::<T>::new(vsk) }?;
-        let directions = Directions::from_bits(mode as u32);
-        // SAFETY: As above.
-        call.context
-            .shutdown(&unsafe { call.locked() }, &call.connection, directions)?;
-        Ok(0)
-    })
-}
-
-unsafe extern "C" fn stream_dequeue<T: Transport>(
-    vsk: Vsk,
-    msg: Msg,
-    len: usize,
-    flags: c_int,
-) -> isize {
-    let received = || {
-        // SAFETY: A callback with the lock held.
-        let call = unsafe { Call::<T>::new(vsk) }?;
-        // SAFETY: The core passes the message of a recvmsg().
-        let message = unsafe { MessageDest::from_raw(msg) };
-        let peek = flags as u32 & bindings::MSG_PEEK != 0;
-        // SAFETY: As above.
-        call.context
-            .receive(&unsafe { call.locked() }, &call.connection, message, len, peek)
+extern "C" fn release<T: Transport>(vsk: Vsk) {
+    // SAFETY: A callback for a socket, with its lock held.
+    let released = unsafe {
+        with_socket::<T, ()>(vsk, |context, socket, _| {
+            context.release(socket);
+            Ok(())
+        })
     };
-    size_or_errno(received())
+    // The error says that there is nothing to release.
+    let _ = released;
 }
 
-unsafe extern "C" fn stream_enqueue<T: Transport>(vsk: Vsk, msg: Msg, len: usize) -> isize {
-    let sent = || {
-        // SAFETY: A callback with the lock held.
-        let call = unsafe { Call::<T>::new(vsk) }?;
-        // SAFETY: The core passes the message of a sendmsg().
-        let message = unsafe { MessageSource::from_raw(msg) };
-        // SAFETY: As above.
-        call.context
-            .send(&unsafe { call.locked() }, call.connection, message, len)
-    };
-    size_or_errno(sent())
+extern "C" fn cancel_pkt<T: Transport>(vsk: Vsk) -> c_int {
+    // SAFETY: A callback for a socket, with its lock held.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, socket, _| {
+            context.cancel(socket);
+            Ok(0)
+        })
+    })
+}
+
+extern "C" fn connect<T: Transport>(vsk: Vsk) -> c_int {
+    // SAFETY: A callback for a socket, with its lock held.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.connect(socket, &connection)?;
+            Ok(0)
+        })
+    })
+}
+
+extern "C" fn shutdown<T: Transport>(vsk: Vsk, mode: c_int) -> c_int {
+    // SAFETY: A callback for a socket, with its lock held.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            let directions = Directions::from_bits(mode as u32);
+            context.shutdown(socket, &connection, directions)?;
+            Ok(0)
+        })
+    })
+}
+
+extern "C" fn stream_dequeue<T: Transport>(vsk: Vsk, msg: Msg, len: usize, flags: c_int) -> isize {
+    let peek = flags as u32 & bindings::MSG_PEEK != 0;
+    // SAFETY: The core passes the message of a recvmsg().
+    let message = unsafe { MessageDest::from_raw(msg) };
+    // SAFETY: A callback for a socket, with its lock held.
+    size_or_errno(unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.receive(socket, &connection, message, len, peek)
+        })
+    })
+}
+
+extern "C" fn stream_enqueue<T: Transport>(vsk: Vsk, msg: Msg, len: usize) -> isize {
+    // SAFETY: The core passes the message of a sendmsg().
+    let message = unsafe { MessageSource::from_raw(msg) };
+    // SAFETY: A callback for a socket, with its lock held.
+    size_or_errno(unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.send(socket, connection, message, len)
+        })
+    })
 }
 
 fn size_or_errno(size: Result<usize>) -> isize {
@@ -430,32 +422,32 @@ fn size_or_errno(size: Result<usize>) -> isize {
     }
 }
 
-unsafe extern "C" fn stream_has_data<T: Transport>(vsk: Vsk) -> i64 {
-    // SAFETY: A callback.
-    unsafe { Call::<T>::new(vsk) }.map_or(0, |call| T::readable(&call.connection) as i64)
+extern "C" fn stream_has_data<T: Transport>(vsk: Vsk) -> i64 {
+    // SAFETY: A callback for a socket.
+    unsafe { ask_connection::<T>(vsk, T::readable) as i64 }
 }
 
-unsafe extern "C" fn stream_has_space<T: Transport>(vsk: Vsk) -> i64 {
-    // SAFETY: A callback.
-    unsafe { Call::<T>::new(vsk) }.map_or(0, |call| T::writable(&call.connection) as i64)
+extern "C" fn stream_has_space<T: Transport>(vsk: Vsk) -> i64 {
+    // SAFETY: A callback for a socket.
+    unsafe { ask_connection::<T>(vsk, T::writable) as i64 }
 }
 
-unsafe extern "C" fn unsent_bytes<T: Transport>(vsk: Vsk) -> isize {
-    // SAFETY: A callback.
-    unsafe { Call::<T>::new(vsk) }.map_or(0, |call| T::unsent(&call.connection) as isize)
+extern "C" fn unsent_bytes<T: Transport>(vsk: Vsk) -> isize {
+    // SAFETY: A callback for a socket.
+    unsafe { ask_connection::<T>(vsk, T::unsent) as isize }
 }
 
-unsafe extern "C" fn stream_rcvhiwat(vsk: Vsk) -> u64 {
+extern "C" fn stream_rcvhiwat(vsk: Vsk) -> u64 {
     // SAFETY: A callback with the lock held.
     unsafe { (*vsk).buffer_size }
 }
 
-unsafe extern "C" fn stream_is_active(_vsk: Vsk) -> bool {
+extern "C" fn stream_is_active(_vsk: Vsk) -> bool {
     true
 }
 
-unsafe extern "C" fn stream_allow<T: Transport>(vsk: Vsk, cid: u32, port: u32) -> bool {
-    // SAFETY: A callback.
+extern "C" fn stream_allow<T: Transport>(vsk: Vsk, cid: u32, port: u32) -> bool {
+    // SAFETY: A callback for a valid socket.
     unsafe {
         context::<T>().is_some_and(|context| {
             context.allows_stream(Socket::from_raw(vsk), Address { cid, port })
@@ -463,67 +455,47 @@ unsafe extern "C" fn stream_allow<T: Transport>(vsk: Vsk, cid: u32, port: u32) -
     }
 }
 
-unsafe extern "C" fn notify_poll_in<T: Transport>(
-    vsk: Vsk,
-    target: usize,
-    ready: *mut bool,
-) -> c_int {
-    // SAFETY: A callback; `ready` is valid for writes.
-    unsafe {
-        *ready =
-            Call::<T>::new(vsk).is_ok_and(|call| T::readable(&call.connection) >= target);
-    }
+extern "C" fn notify_poll_in<T: Transport>(vsk: Vsk, target: usize, ready: *mut bool) -> c_int {
+    // SAFETY: A callback for a socket; `ready` is valid for writes.
+    unsafe { *ready = ask_connection::<T>(vsk, T::readable) >= target };
     0
 }
 
-unsafe extern "C" fn notify_poll_out<T: Transport>(
-    vsk: Vsk,
-    target: usize,
-    ready: *mut bool,
-) -> c_int {
-    // SAFETY: A callback; `ready` is valid for writes.
-    unsafe {
-        *ready =
-            Call::<T>::new(vsk).is_ok_and(|call| T::writable(&call.connection) >= target);
-    }
+extern "C" fn notify_poll_out<T: Transport>(vsk: Vsk, target: usize, ready: *mut bool) -> c_int {
+    // SAFETY: A callback for a socket; `ready` is valid for writes.
+    unsafe { *ready = ask_connection::<T>(vsk, T::writable) >= target };
     0
 }
 
-unsafe extern "C" fn notify_recv_init<T: Transport>(
-    vsk: Vsk,
-    _target: usize,
-    _data: RecvNotify,
-) -> c_int {
-    from_result(|| {
-        // SAFETY: A callback with the lock held.
-        let call = unsafe { Call::<T>::new(vsk) }?;
-        // SAFETY: As above.
-        call.context
-            .before_receive(&unsafe { call.locked() }, &call.connection)?;
-        Ok(0)
+extern "C" fn notify_recv_init<T: Transport>(vsk: Vsk, _target: usize, _data: RecvNotify) -> c_int {
+    // SAFETY: A callback for a socket, with its lock held.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.before_receive(socket, &connection)?;
+            Ok(0)
+        })
     })
 }
 
-unsafe extern "C" fn notify_recv_pre_block<T: Transport>(
+extern "C" fn notify_recv_pre_block<T: Transport>(
     vsk: Vsk,
     target: usize,
     _data: RecvNotify,
 ) -> c_int {
-    from_result(|| {
-        // SAFETY: A callback with the lock held.
-        let call = unsafe { Call::<T>::new(vsk) }?;
-        // SAFETY: As above.
-        call.context
-            .before_receive_blocks(&unsafe { call.locked() }, &call.connection, target);
-        Ok(0)
+    // SAFETY: A callback for a socket, with its lock held.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.before_receive_blocks(socket, &connection, target);
+            Ok(0)
+        })
     })
 }
 
-unsafe extern "C" fn notify_recv_pre_dequeue(_vsk: Vsk, _target: usize, _data: RecvNotify) -> c_int {
+extern "C" fn notify_recv_pre_dequeue(_vsk: Vsk, _target: usize, _data: RecvNotify) -> c_int {
     0
 }
 
-unsafe extern "C" fn notify_recv_post_dequeue(
+extern "C" fn notify_recv_post_dequeue(
     _vsk: Vsk,
     _target: usize,
     _copied: isize,
@@ -533,58 +505,52 @@ unsafe extern "C" fn notify_recv_post_dequeue(
     0
 }
 
-unsafe extern "C" fn notify_send_init<T: Transport>(vsk: Vsk, _data: SendNotify) -> c_int {
-    from_result(|| {
-        // SAFETY: A callback with the lock held.
-        let call = unsafe { Call::<T>::new(vsk) }?;
-        // SAFETY: As above.
-        call.context
-            .before_send(&unsafe { call.locked() }, &call.connection)?;
-        Ok(0)
+extern "C" fn notify_send_init<T: Transport>(vsk: Vsk, _data: SendNotify) -> c_int {
+    // SAFETY: A callback for a socket, with its lock held.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.before_send(socket, &connection)?;
+            Ok(0)
+        })
     })
 }
 
-unsafe extern "C" fn notify_send(_vsk: Vsk, _data: SendNotify) -> c_int {
+extern "C" fn notify_send(_vsk: Vsk, _data: SendNotify) -> c_int {
     0
 }
 
-unsafe extern "C" fn notify_send_post_enqueue(
-    _vsk: Vsk,
-    _written: isize,
-    _data: SendNotify,
-) -> c_int {
+extern "C" fn notify_send_post_enqueue(_vsk: Vsk, _written: isize, _data: SendNotify) -> c_int {
     0
 }
 
-unsafe extern "C" fn notify_buffer_size<T: Transport>(vsk: Vsk, size: *mut u64) {
-    // SAFETY: A callback with the lock held; `size` is valid.
-    unsafe {
-        if let Ok(call) = Call::<T>::new(vsk) {
-            *size = call
-                .context
-                .set_buffer_size(&call.locked(), &call.connection, *size);
-        }
-    }
+extern "C" fn notify_buffer_size<T: Transport>(vsk: Vsk, size: *mut u64) {
+    // SAFETY: A callback for a socket, with its lock held; `size` is valid.
+    let changed = unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            *size = context.set_buffer_size(socket, &connection, *size);
+            Ok(())
+        })
+    };
+    // The error says that there is no connection whose buffer it is.
+    let _ = changed;
 }
 
-unsafe extern "C" fn notify_set_rcvlowat<T: Transport>(vsk: Vsk, low_water: c_int) -> c_int {
-    from_result(|| {
-        // SAFETY: A callback with the lock held.
-        let call = unsafe { Call::<T>::new(vsk) }?;
-        let low_water = u32::try_from(low_water)?;
-        // SAFETY: As above.
-        call.context
-            .set_low_water(&unsafe { call.locked() }, &call.connection, low_water);
-        Ok(0)
+extern "C" fn notify_set_rcvlowat<T: Transport>(vsk: Vsk, low_water: c_int) -> c_int {
+    // SAFETY: A callback for a socket, with its lock held.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.set_low_water(socket, &connection, u32::try_from(low_water)?);
+            Ok(0)
+        })
     })
 }
 
-unsafe extern "C" fn get_local_cid<T: Transport>() -> u32 {
+extern "C" fn get_local_cid<T: Transport>() -> u32 {
     // SAFETY: A callback.
     unsafe { context::<T>() }.map_or(Address::CID_ANY, |context| context.local_cid())
 }
 
 /// The host may forward to any CID, so each may be reachable.
-unsafe extern "C" fn has_remote_cid(_vsk: Vsk, _cid: u32) -> bool {
+extern "C" fn has_remote_cid(_vsk: Vsk, _cid: u32) -> bool {
     true
 }

@@ -19,7 +19,6 @@ use kernel::{
 ///
 /// The driver core calls `probe`, `remove`, `freeze` and `restore` in process context, one at a time for
 /// a device, but for several devices at once.
-
 pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// The virtio device type that the driver serves.
     const DEVICE_TYPE: u32;

@@ -54,7 +54,8 @@ impl ReceiveQueue {
             }
         }
         self.truesize += packet.truesize();
-        self.packets.push_back(packet.with_control(Received::default()));
+        self.packets
+            .push_back(packet.with_control(Received::default()));
     }
 }
 

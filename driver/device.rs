@@ -28,7 +28,6 @@ pub(crate) enum DeviceState {
     Bound,
 }
 
-
 impl Driver for VsockDriver {
     const DEVICE_TYPE: u32 = VIRTIO_ID_VSOCK;
     const FEATURES: &'static [u32] = &[feature::STREAM];
@@ -92,7 +91,11 @@ impl VsockDriver {
         // Interrupts that came before this found no queues; the work looks at them now.
         *self.events.lock() = Some(events);
         *self.rx.lock() = Some(rx);
-        dev_info!(device.as_ref(), "virtio socket device with CID {}\n", cid.get());
+        dev_info!(
+            device.as_ref(),
+            "virtio socket device with CID {}\n",
+            cid.get()
+        );
         Ok(())
     }
 

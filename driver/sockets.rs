@@ -184,12 +184,7 @@ impl Transport for VsockDriver {
         size
     }
 
-    fn set_low_water(
-        &self,
-        socket: &LockedSocket<'_>,
-        connection: &Connection,
-        low_water: u32,
-    ) {
+    fn set_low_water(&self, socket: &LockedSocket<'_>, connection: &Connection, low_water: u32) {
         // A sender that waits for room must not wait for a reader that waits for more data.
         if connection.wants_credit_update(low_water) {
             self.send_credit_update(socket, connection, false);

@@ -99,7 +99,10 @@ impl Backlog {
         Some(packet)
     }
 
-    fn extract(&mut self, mut matches: impl FnMut(&OutgoingPacket) -> bool) -> SkBuffQueue<Outgoing> {
+    fn extract(
+        &mut self,
+        mut matches: impl FnMut(&OutgoingPacket) -> bool,
+    ) -> SkBuffQueue<Outgoing> {
         let mut replies = 0;
         let extracted = self.packets.extract(|packet| {
             let extract = matches(packet);
@@ -273,11 +276,7 @@ impl VsockDriver {
         let Some(header) = to.reset_reply() else {
             return;
         };
-        let packet = SkBuff::outgoing(
-            &header.to_bytes(),
-            Payload::None,
-            Outgoing::control(true),
-        );
+        let packet = SkBuff::outgoing(&header.to_bytes(), Payload::None, Outgoing::control(true));
         // Out of memory, or without a device, the peer is left to its own timeout.
         if packet.and_then(|packet| self.transmit(packet)).is_ok() {
             self.statistics.rst_no_socket.increment();

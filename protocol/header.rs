@@ -151,7 +151,7 @@ impl Header {
     }
 
     /// Writes the header as it goes on the wire.
-    pub fn to_bytes(&self) -> [u8; HEADER_LEN] {
+    pub fn to_bytes(self) -> [u8; HEADER_LEN] {
         let mut bytes = [0; HEADER_LEN];
         let mut room = bytes.iter_mut();
         let mut put = |field: &[u8]| {
