@@ -32,6 +32,9 @@ die() {
     exit 1
 }
 
+[[ $SOURCE_DIR$VSOCK_CACHE != *[[:space:]:]* ]] ||
+    die "the kernel's build system takes no path with a space or a colon: $SOURCE_DIR, $VSOCK_CACHE" "another folder"
+
 # --- Steps --------------------------------------------------------------------------------------------------------
 
 # step DESCRIPTION COMMAND...: runs the command, shows one line with its time; its output goes to a log, whose end is

@@ -68,14 +68,12 @@ install_prerequisites() {
 
 # make_root NEW_FOLDER MIRROR: without a mirror mmdebstrap takes Debian's default.
 make_root() {
-    local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences options=() option name
+    local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences options=() option
     write_root_preferences >"$preferences"
     options+=("--setup-hook=install -D -m 644 '$preferences' \"\$1/etc/apt/preferences.d/kernel-suite\"")
     if [[ $SUITE != "$BASE_SUITE" ]]; then
-        for name in "$BASE_SUITE-updates" "$SUITE"; do
-            options+=("--setup-hook=sed -n 's/ $BASE_SUITE main\$/ $name main/p' \"\$1/etc/apt/sources.list\" |
-                tee -a \"\$1/etc/apt/sources.list\"")
-        done
+        options+=("--setup-hook=sed -n 's/ $BASE_SUITE main\$/ $SUITE main/p' \"\$1/etc/apt/sources.list\" |
+            tee -a \"\$1/etc/apt/sources.list\"")
     fi
     # The machine's proxy and TLS settings hold for the root as well.
     while read -r option; do
