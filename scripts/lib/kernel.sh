@@ -40,7 +40,7 @@ update_kernel_release() {
 
 # download_packages FOLDER NAME...: downloads packages and unpacks them, uninstalled, into a folder.
 download_packages() {
-    local folder=$1
+    local folder=$1 package
     shift
     discard "$folder"
     mkdir -p "$folder/packages"
@@ -63,11 +63,11 @@ kernel_package_version() {
 # Sets KERNEL_SOURCE to the release's source, unpacked.
 ensure_kernel_source() {
     local version new series
-    mkdir -p "$KERNEL_DIR"
     if [[ ! -s $KERNEL_DIR/package-version ]]; then
         version=$(kernel_package_version) || true
         [[ -n $version ]] || die "$SUITE has no package linux-headers-$KERNEL" \
             "'make update' for new package lists, or another SUITE= or KERNEL="
+        mkdir -p "$KERNEL_DIR"
         say "$version" >"$KERNEL_DIR/package-version"
     fi
     version=$(<"$KERNEL_DIR/package-version")
@@ -165,6 +165,5 @@ ensure_kernel_image() {
 
 download_kernel_image() {
     download_packages "$1" "linux-binary-unsigned-$KERNEL" "linux-modules-$KERNEL"
-    in_root depmod --basedir "$1/usr" "$KERNEL" ||
-        in_root depmod --basedir "$1" "$KERNEL"
+    in_root depmod --basedir "$1/usr" "$KERNEL"
 }
