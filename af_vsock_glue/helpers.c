@@ -164,6 +164,30 @@ void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk)
 	skb_set_owner_w(skb, sk);
 }
 
+void vsock_glue_zcopy_set(struct sk_buff *skb, struct ubuf_info *uarg)
+{
+	skb_zcopy_set(skb, uarg, NULL);
+}
+
+void vsock_glue_zcopy_set_copied(struct ubuf_info *uarg)
+{
+	uarg_to_msgzc(uarg)->zerocopy = 0;
+}
+
+void vsock_glue_zcopy_put(struct ubuf_info *uarg, bool used)
+{
+	if (used)
+		net_zcopy_put(uarg);
+	else
+		net_zcopy_put_abort(uarg, true);
+}
+
+/* How many segments a packet has at the most: the header and the fragments. */
+unsigned int vsock_glue_most_segments(void)
+{
+	return MAX_SKB_FRAGS + 1;
+}
+
 int vsock_glue_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue *vqs[],
 			const char *const names[], vq_callback_t *callback)
 {
@@ -187,6 +211,11 @@ void vsock_glue_del_vqs(struct virtio_device *vdev)
 void vsock_glue_device_ready(struct virtio_device *vdev)
 {
 	virtio_device_ready(vdev);
+}
+
+bool vsock_glue_has_feature(const struct virtio_device *vdev, unsigned int feature)
+{
+	return virtio_has_feature(vdev, feature);
 }
 
 u64 vsock_glue_read_config_le64(struct virtio_device *vdev, unsigned int offset)

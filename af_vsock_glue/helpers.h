@@ -50,12 +50,17 @@ unsigned int vsock_glue_page_sized(void);
 unsigned int vsock_glue_tailroom(const struct sk_buff *skb);
 bool vsock_glue_is_nonlinear(const struct sk_buff *skb);
 void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk);
+void vsock_glue_zcopy_set(struct sk_buff *skb, struct ubuf_info *uarg);
+void vsock_glue_zcopy_set_copied(struct ubuf_info *uarg);
+void vsock_glue_zcopy_put(struct ubuf_info *uarg, bool used);
+unsigned int vsock_glue_most_segments(void);
 
 /* virtio */
 int vsock_glue_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue *vqs[],
 			const char *const names[], vq_callback_t *callback);
 void vsock_glue_del_vqs(struct virtio_device *vdev);
 void vsock_glue_device_ready(struct virtio_device *vdev);
+bool vsock_glue_has_feature(const struct virtio_device *vdev, unsigned int feature);
 u64 vsock_glue_read_config_le64(struct virtio_device *vdev, unsigned int offset);
 int vsock_glue_add_out(struct virtqueue *vq, struct sk_buff *skb);
 int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb);

@@ -6,10 +6,10 @@
 
 use super::{
     bindings,
-    message::{iter_count, MessageDest, MessageSource},
+    message::{MessageDest, MessageSource, ZeroCopy},
     socket::Socket,
 };
-use core::{marker::PhantomData, mem::ManuallyDrop, ptr, ptr::NonNull};
+use core::{marker::PhantomData, mem::ManuallyDrop, ops::ControlFlow, ptr, ptr::NonNull};
 use kernel::{alloc::AllocError, error::to_result, ffi::c_int, prelude::*};
 
 /// Size of `skb->cb`, the room that a buffer has for its owner's use.
@@ -33,8 +33,10 @@ unsafe impl<C: Send> Send for SkBuff<C> {}
 pub(crate) enum Payload<'a> {
     /// Nothing.
     None,
-    /// So many bytes of a message.
-    Message(&'a mut MessageSource, usize),
+    /// A copy of so many bytes of a message.
+    Copy(&'a mut MessageSource, usize),
+    /// So many bytes of a message in the caller's own pages.
+    Pages(&'a mut MessageSource, usize),
 }
 
 impl<C> SkBuff<C> {
@@ -57,38 +59,87 @@ impl<C> SkBuff<C> {
         }
     }
 
+    /// The longest packet that is one segment of memory, in bytes.
+    pub(crate) fn longest_linear() -> usize {
+        // SAFETY: No preconditions.
+        unsafe { bindings::vsock_glue_largest_linear() as usize }
+    }
+
     /// Makes a packet of `header` and `payload`, filled and ready to send. May sleep.
+    ///
+    /// It is charged to `socket`'s send memory, and keeps the socket alive as long as it lives. A completion
+    /// for `MSG_ZEROCOPY` is attached to it, also where the payload is a copy.
     ///
     /// # Errors
     ///
-    /// ENOMEM, or EFAULT where the message cannot be read; the message is then as before.
-    pub(crate) fn outgoing(header: &[u8], payload: Payload<'_>, control: C) -> Result<Self> {
-        let len = match &payload {
-            Payload::None => 0,
-            Payload::Message(_, len) => *len,
+    /// ENOMEM; EFAULT where the message cannot be read; EMSGSIZE where its pages are too many for a packet.
+    /// The message is then as before.
+    pub(crate) fn outgoing(
+        socket: Option<&Socket>,
+        header: &[u8],
+        payload: Payload<'_>,
+        zero_copy: Option<&mut ZeroCopy>,
+        control: C,
+    ) -> Result<Self> {
+        let (in_buffer, in_pages) = match &payload {
+            Payload::Copy(_, len) if header.len() + len <= Self::longest_linear() => (*len, 0),
+            Payload::Copy(_, len) => (0, *len),
+            Payload::None | Payload::Pages(..) => (0, 0),
         };
-        let total = header.len() + len;
         // SAFETY: No preconditions.
-        let linear = total <= unsafe { bindings::vsock_glue_largest_linear() } as usize;
-        // Both sums fit: they are a packet's, not a whole message's.
-        let skb = if linear {
-            // SAFETY: No preconditions.
-            unsafe { bindings::vsock_glue_alloc_linear(u32::try_from(total)?) }
-        } else {
-            // SAFETY: No preconditions.
-            unsafe {
-                bindings::vsock_glue_alloc_with_frags(
-                    u32::try_from(header.len())?,
-                    u32::try_from(len)?,
-                )
+        let skb = unsafe {
+            if in_pages > 0 {
+                let (linear, pages) = (u32::try_from(header.len())?, u32::try_from(in_pages)?);
+                bindings::vsock_glue_alloc_with_frags(linear, pages)
+            } else {
+                bindings::vsock_glue_alloc_linear(u32::try_from(header.len() + in_buffer)?)
             }
         };
         let skb = NonNull::new(skb).ok_or(ENOMEM)?;
         // SAFETY: It was made here.
         let mut this = unsafe { Self::new(skb, control) };
-        this.put_header(header, linear);
-        if let Payload::Message(message, len) = payload {
-            this.fill(header.len(), message, len, linear)?;
+        if let Some(socket) = socket {
+            // SAFETY: Both are valid, and the buffer has no owner yet.
+            unsafe { bindings::vsock_glue_set_owner(this.as_raw(), socket.as_sock()) }
+        }
+        this.put_header(header, in_pages == 0);
+        if let Some(zero_copy) = zero_copy {
+            zero_copy.attach(this.as_raw());
+        }
+        match payload {
+            Payload::None => {}
+            Payload::Copy(message, len) => {
+                if in_buffer > 0 {
+                    // SAFETY: The buffer was made with room for the payload.
+                    unsafe { bindings::skb_put(this.as_raw(), len as u32) };
+                }
+                this.fill(message, |skb, message| {
+                    // SAFETY: The buffer has `len` bytes behind the header; the iterator can be read.
+                    unsafe {
+                        bindings::skb_copy_datagram_from_iter(
+                            skb,
+                            header.len() as c_int,
+                            message.iter(),
+                            len as c_int,
+                        )
+                    }
+                })?;
+            }
+            Payload::Pages(message, len) => {
+                this.fill(message, |skb, message| {
+                    // SAFETY: The buffer has an owner and a completion, which holds the pages.
+                    unsafe {
+                        bindings::__zerocopy_sg_from_iter(
+                            message.as_raw(),
+                            ptr::null_mut(),
+                            skb,
+                            message.iter(),
+                            len,
+                            ptr::null_mut(),
+                        )
+                    }
+                })?;
+            }
         }
         Ok(this)
     }
@@ -111,35 +162,19 @@ impl<C> SkBuff<C> {
         }
     }
 
-    /// Fills the rest of the buffer with `len` bytes of `message`, which is put back where that fails.
+    /// Lets `fill` take bytes of `message`, which is put back where that fails.
     fn fill(
         &mut self,
-        offset: usize,
         message: &mut MessageSource,
-        len: usize,
-        linear: bool,
+        fill: impl FnOnce(*mut bindings::sk_buff, &mut MessageSource) -> c_int,
     ) -> Result {
-        let iter = message.iter();
-        if linear {
-            // SAFETY: The buffer was made with room for the payload.
-            unsafe { bindings::skb_put(self.as_raw(), len as u32) };
-        }
-        // SAFETY: The iterator is valid.
-        let before = unsafe { iter_count(iter) };
-        // SAFETY: The buffer has `len` bytes behind `offset`; the iterator can be read.
-        let copied = to_result(unsafe {
-            bindings::skb_copy_datagram_from_iter(
-                self.as_raw(),
-                offset as c_int,
-                iter,
-                len as c_int,
-            )
-        });
-        if copied.is_err() {
+        let before = message.remaining();
+        let filled = to_result(fill(self.as_raw(), message));
+        if filled.is_err() {
             // SAFETY: It was advanced by the difference, so it can go back by that.
-            unsafe { bindings::iov_iter_revert(iter, before - iter_count(iter)) };
+            unsafe { bindings::iov_iter_revert(message.iter(), before - message.remaining()) };
         }
-        copied
+        filled
     }
 
     /// Makes an empty buffer that takes 4 KiB of memory with its bookkeeping. May sleep.
@@ -303,12 +338,6 @@ impl<C> SkBuff<C> {
         })
     }
 
-    /// Charges the buffer to `socket`'s send memory; it keeps the socket alive as long as it lives.
-    pub(crate) fn charge_to(&mut self, socket: &Socket) {
-        // SAFETY: Both are valid; the buffer has no owner yet or is orphaned by the function.
-        unsafe { bindings::vsock_glue_set_owner(self.as_raw(), socket.as_sock()) }
-    }
-
     /// Whether the buffer is charged to `socket`.
     pub(crate) fn is_charged_to(&self, socket: &Socket) -> bool {
         // SAFETY: The buffer is valid.
@@ -440,11 +469,11 @@ impl<C> SkBuffQueue<C> {
         Some(f(&mut skb))
     }
 
-    /// Calls `f` with each buffer from the first on, until it returns an error.
-    pub(crate) fn try_for_each<E>(
+    /// Calls `f` with each buffer from the first on, until it breaks off.
+    pub(crate) fn try_for_each<B>(
         &self,
-        mut f: impl FnMut(&SkBuff<C>) -> Result<(), E>,
-    ) -> Result<(), E> {
+        mut f: impl FnMut(&SkBuff<C>) -> ControlFlow<B>,
+    ) -> ControlFlow<B> {
         let mut at = self.head;
         while let Some(skb) = NonNull::new(at) {
             // SAFETY: By the type invariant; `ManuallyDrop` leaves it in the queue.
@@ -453,7 +482,7 @@ impl<C> SkBuffQueue<C> {
             // SAFETY: The buffer is valid.
             at = unsafe { *next_of(skb.as_raw()) };
         }
-        Ok(())
+        ControlFlow::Continue(())
     }
 
     /// Takes everything out.

@@ -71,6 +71,17 @@ pub(crate) enum SocketState {
     Listening,
 }
 
+/// The kinds of sockets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SocketKind {
+    /// `SOCK_STREAM`.
+    Stream,
+    /// `SOCK_SEQPACKET`.
+    SeqPacket,
+    /// `SOCK_DGRAM`.
+    Datagram,
+}
+
 /// Set of directions that were shut down.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Directions(u32);
@@ -251,10 +262,14 @@ impl Socket {
         }))
     }
 
-    /// Whether it is a stream socket.
-    pub(crate) fn is_stream(&self) -> bool {
+    /// The kind of the socket.
+    pub(crate) fn kind(&self) -> SocketKind {
         // SAFETY: By the type invariant. The type never changes.
-        u32::from(unsafe { (*self.as_sock()).sk_type }) == bindings::sock_type_SOCK_STREAM
+        match u32::from(unsafe { (*self.as_sock()).sk_type }) {
+            bindings::sock_type_SOCK_STREAM => SocketKind::Stream,
+            bindings::sock_type_SOCK_SEQPACKET => SocketKind::SeqPacket,
+            _ => SocketKind::Datagram,
+        }
     }
 
     /// Whether the socket's namespace is in global mode, the only one that a guest's device serves.
@@ -448,6 +463,12 @@ impl<'a> LockedSocket<'a> {
     pub(crate) fn set_done(&self) {
         // SAFETY: By the type invariant.
         unsafe { bindings::vsock_glue_set_flag(self.as_sock(), bindings::sock_flags_SOCK_DONE) }
+    }
+
+    /// Whether the application has asked for completions of sends with `MSG_ZEROCOPY`.
+    pub(crate) fn wants_zero_copy(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::vsock_glue_flag(self.as_sock(), bindings::sock_flags_SOCK_ZEROCOPY) }
     }
 
     /// Sets the socket's error and wakes everybody who waits for the socket.

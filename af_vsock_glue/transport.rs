@@ -60,6 +60,9 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     /// Whether a stream socket may be connected to `remote`.
     fn allows_stream(&self, socket: &Socket, remote: Address) -> bool;
 
+    /// Whether a seqpacket socket may be connected to a CID.
+    fn allows_seqpacket(&self, socket: &Socket, remote_cid: u32) -> bool;
+
     /// A reader is about to look for data.
     fn before_receive(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> Result;
 
@@ -81,6 +84,16 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
         peek: bool,
     ) -> Result<usize>;
 
+    /// Moves the next message of a seqpacket socket into a message; copies it where it only peeks. Returns its
+    /// length, whatever there was room for; 0 for none.
+    fn receive_message(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Self::Connection,
+        message: &mut MessageDest,
+        peek: bool,
+    ) -> Result<usize>;
+
     /// A writer is about to send.
     fn before_send(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> Result;
 
@@ -92,6 +105,22 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
         message: &mut MessageSource,
         len: usize,
     ) -> Result<usize>;
+
+    /// Sends up to `len` bytes, which are all that is left of a message of a seqpacket socket. Returns how
+    /// many; 0 where the peer has no room. EMSGSIZE where it never will have.
+    fn send_message(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Self::Connection>,
+        message: &mut MessageSource,
+        len: usize,
+    ) -> Result<usize>;
+
+    /// Whether a reader who waits for `low_water` bytes, or for a message, need not wait.
+    fn is_readable(connection: &Self::Connection, low_water: usize) -> bool;
+
+    /// Messages that can be received. May be called without the lock.
+    fn readable_messages(connection: &Self::Connection) -> usize;
 
     /// Bytes that can be received. May be called without the lock.
     fn readable(connection: &Self::Connection) -> usize;
@@ -307,6 +336,11 @@ fn operations<T: Transport>(module: &'static ThisModule) -> bindings::vsock_tran
         stream_rcvhiwat: Some(stream_rcvhiwat),
         stream_is_active: Some(stream_is_active),
         stream_allow: Some(stream_allow::<T>),
+        seqpacket_allow: Some(seqpacket_allow::<T>),
+        seqpacket_dequeue: Some(seqpacket_dequeue::<T>),
+        seqpacket_enqueue: Some(seqpacket_enqueue::<T>),
+        seqpacket_has_data: Some(seqpacket_has_data::<T>),
+        msgzerocopy_allow: Some(msgzerocopy_allow),
         notify_poll_in: Some(notify_poll_in::<T>),
         notify_poll_out: Some(notify_poll_out::<T>),
         notify_recv_init: Some(notify_recv_init::<T>),
@@ -455,9 +489,54 @@ extern "C" fn stream_allow<T: Transport>(vsk: Vsk, cid: u32, port: u32) -> bool 
     }
 }
 
+extern "C" fn seqpacket_dequeue<T: Transport>(vsk: Vsk, msg: Msg, flags: c_int) -> isize {
+    let peek = flags as u32 & bindings::MSG_PEEK != 0;
+    // SAFETY: The core passes the message of a recvmsg().
+    let message = unsafe { MessageDest::from_raw(msg) };
+    // SAFETY: A callback for a socket, with its lock held.
+    size_or_errno(unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.receive_message(socket, &connection, message, peek)
+        })
+    })
+}
+
+extern "C" fn seqpacket_enqueue<T: Transport>(vsk: Vsk, msg: Msg, len: usize) -> c_int {
+    // SAFETY: The core passes the message of a sendmsg().
+    let message = unsafe { MessageSource::from_raw(msg) };
+    // SAFETY: A callback for a socket, with its lock held.
+    let sent = size_or_errno(unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.send_message(socket, connection, message, len)
+        })
+    });
+    c_int::try_from(sent).unwrap_or(c_int::MAX)
+}
+
+extern "C" fn seqpacket_has_data<T: Transport>(vsk: Vsk) -> u32 {
+    // SAFETY: A callback for a socket.
+    let messages = unsafe { ask_connection::<T>(vsk, T::readable_messages) };
+    u32::try_from(messages).unwrap_or(u32::MAX)
+}
+
+extern "C" fn seqpacket_allow<T: Transport>(vsk: Vsk, remote_cid: u32) -> bool {
+    // SAFETY: A callback for a valid socket.
+    unsafe {
+        context::<T>()
+            .is_some_and(|context| context.allows_seqpacket(Socket::from_raw(vsk), remote_cid))
+    }
+}
+
+extern "C" fn msgzerocopy_allow() -> bool {
+    true
+}
+
 extern "C" fn notify_poll_in<T: Transport>(vsk: Vsk, target: usize, ready: *mut bool) -> c_int {
     // SAFETY: A callback for a socket; `ready` is valid for writes.
-    unsafe { *ready = ask_connection::<T>(vsk, T::readable) >= target };
+    unsafe {
+        *ready = borrow_connection::<T>(vsk)
+            .is_some_and(|connection| T::is_readable(&connection, target));
+    }
     0
 }
 

@@ -237,6 +237,12 @@ pub(crate) struct Device {
 }
 
 impl Device {
+    /// Whether driver and device agreed on a feature.
+    pub(crate) fn has_feature(&self, feature: u32) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::vsock_glue_has_feature(self.vdev, feature) }
+    }
+
     /// Makes the device's first `N` virtqueues. The device does not use them before [`LiveDevice::start`].
     pub(crate) fn make_queues<const N: usize>(
         &self,
@@ -430,6 +436,12 @@ impl<C, D: Direction> Virtqueue<C, D> {
     pub(crate) fn size(&self) -> u32 {
         // SAFETY: By the type invariant.
         unsafe { bindings::virtqueue_get_vring_size(self.vq.as_ptr()) }
+    }
+
+    /// Whether any packet fits into the empty queue, with each of its segments in a descriptor of its own.
+    pub(crate) fn takes_any_packet(&self) -> bool {
+        // SAFETY: No preconditions.
+        self.size() >= unsafe { bindings::vsock_glue_most_segments() }
     }
 
     /// Whether the device broke the queue's rules, so that it is not used any more.

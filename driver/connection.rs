@@ -4,8 +4,12 @@
 
 use crate::{
     af_vsock_glue::skb::{SkBuff, SkBuffQueue},
-    protocol::credit::{CreditExceeded, ReceiveCredit, SendCredit},
+    protocol::{
+        credit::{CreditExceeded, ReceiveCredit, SendCredit},
+        header::SocketType,
+    },
 };
+use core::ops::ControlFlow;
 use kernel::{
     prelude::*,
     sync::{
@@ -17,22 +21,55 @@ use kernel::{
 /// Payload of at most so many bytes is copied behind the payload before it, where there is room.
 const COPY_BREAK: usize = 256;
 
+/// Where a message ends in a packet's payload.
+#[derive(Clone, Copy)]
+struct MessageEnd {
+    /// Offset of the first byte behind the message.
+    offset: u32,
+    /// Whether it ends a record, too.
+    ends_record: bool,
+}
+
 /// Control block of a received packet, which holds nothing but payload.
-#[derive(Default)]
 pub(crate) struct Received {
     /// Bytes at the front that were read already.
-    read: usize,
+    read: u32,
+    /// How many of `merged` were read already.
+    merged_read: u32,
+    /// Ends of the messages before the last one. There are some where small messages were merged.
+    merged: KVec<MessageEnd>,
+    /// End of the last message, where it ends in this packet.
+    last: Option<MessageEnd>,
+}
+
+impl Received {
+    /// The first message end that was not read.
+    fn next_end(&self) -> Option<MessageEnd> {
+        self.merged
+            .get(self.merged_read as usize)
+            .copied()
+            .or(self.last)
+    }
+
+    /// Notes that the first message end was read.
+    fn end_read(&mut self) {
+        if (self.merged_read as usize) < self.merged.len() {
+            self.merged_read += 1;
+        } else {
+            self.last = None;
+        }
+    }
 }
 
 /// The packets that were received and not read completely.
 ///
-/// Their number is bounded by credit, and their memory by twice the receive buffer and one packet for the
-/// payload that came in packets of its own, plus as much again as small packets may waste: see
-/// [`ReceiveQueue::enqueue`].
-pub(crate) struct ReceiveQueue {
+/// Their memory is bounded: see Documentation/data-path.md.
+struct ReceiveQueue {
     packets: SkBuffQueue<Received>,
     /// Sum of their memory, in bytes.
     truesize: usize,
+    /// How many messages end in them.
+    messages: u32,
 }
 
 impl ReceiveQueue {
@@ -40,28 +77,81 @@ impl ReceiveQueue {
         Self {
             packets: SkBuffQueue::new(),
             truesize: 0,
+            messages: 0,
         }
     }
 
-    /// Appends a packet of payload. Small payload goes into the last packet's memory where it fits; payload
-    /// of any size does once the queue takes more than `limit` bytes of memory.
-    fn enqueue(&mut self, packet: SkBuff<()>, limit: usize) {
+    /// Appends a packet of payload, and the end of a message where `end` says so.
+    ///
+    /// Small payload goes into the last packet's memory where it fits; payload of any size, and whole
+    /// messages, do once the queue takes more than `limit` bytes of memory.
+    fn enqueue(&mut self, packet: SkBuff<()>, end: Option<bool>, limit: usize) {
         let crowded = self.truesize.saturating_add(packet.truesize()) > limit;
-        if packet.len() <= COPY_BREAK || crowded {
-            if let Some(true) = self.packets.with_back(|last| last.append(&packet)) {
-                packet.consume();
-                return;
-            }
+        let merge = packet.len() <= COPY_BREAK || crowded;
+        let merged = merge
+            && self
+                .packets
+                .with_back(|last| Self::merge(last, &packet, end, crowded))
+                .unwrap_or(false);
+        if merged {
+            self.messages += u32::from(end.is_some());
+            packet.consume();
+        } else if packet.len() > 0 {
+            self.messages += u32::from(end.is_some());
+            self.truesize += packet.truesize();
+            let received = Received {
+                read: 0,
+                merged_read: 0,
+                merged: KVec::new(),
+                last: end_of(packet.len(), end),
+            };
+            self.packets.push_back(packet.with_control(received));
         }
-        self.truesize += packet.truesize();
-        self.packets
-            .push_back(packet.with_control(Received::default()));
+        // Nothing but the end of a message that has no beginning is dropped.
     }
+
+    /// Appends `packet` to `last`, behind the end of a message only where `messages` says so.
+    fn merge(
+        last: &mut SkBuff<Received>,
+        packet: &SkBuff<()>,
+        end: Option<bool>,
+        messages: bool,
+    ) -> bool {
+        if let Some(previous) = last.control().last {
+            let whole_messages = messages && packet.len() > 0 && packet.len() <= last.tailroom();
+            // Under a spinlock, so not GFP_KERNEL; without memory the packet stays alone.
+            if !whole_messages
+                || last
+                    .control_mut()
+                    .merged
+                    .push(previous, GFP_ATOMIC)
+                    .is_err()
+            {
+                return false;
+            }
+            last.control_mut().last = None;
+        }
+        if !last.append(packet) {
+            return false;
+        }
+        let len = last.len();
+        last.control_mut().last = end_of(len, end);
+        true
+    }
+}
+
+fn end_of(len: usize, end: Option<bool>) -> Option<MessageEnd> {
+    end.map(|ends_record| MessageEnd {
+        // A packet is far shorter than 4 GiB.
+        offset: len as u32,
+        ends_record,
+    })
 }
 
 /// A socket's part of the protocol: credit both ways, and what was received.
 #[pin_data]
 pub(crate) struct Connection {
+    socket_type: SocketType,
     #[pin]
     state: SpinLock<ConnectionState>,
     /// Payload that was given to [`tx`](super::tx) and not yet taken by the device, in bytes.
@@ -86,11 +176,21 @@ pub(crate) enum ResetState {
     Told,
 }
 
+/// A message that was read.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct ReadMessage {
+    /// Its length in bytes, whatever the reader had room for.
+    pub(crate) len: usize,
+    /// Whether it ends a record.
+    pub(crate) ends_record: bool,
+}
+
 impl Connection {
     /// A connection with a receive buffer of `buf_alloc` bytes, whose peer has not said anything yet.
-    pub(crate) fn new(buf_alloc: u32) -> Result<Arc<Self>> {
+    pub(crate) fn new(socket_type: SocketType, buf_alloc: u32) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
+                socket_type,
                 state <- new_spinlock!(ConnectionState {
                     send: SendCredit::default(),
                     receive: ReceiveCredit::new(buf_alloc),
@@ -101,6 +201,11 @@ impl Connection {
             }),
             GFP_KERNEL,
         )
+    }
+
+    /// The kind of the socket.
+    pub(crate) fn socket_type(&self) -> SocketType {
+        self.socket_type
     }
 
     /// Notes what a packet says of the peer's receive buffer; returns whether more can be sent than before.
@@ -124,6 +229,12 @@ impl Connection {
         self.state.lock().send.give_back(unused);
     }
 
+    /// The longest message that the peer can take, in bytes.
+    pub(crate) fn largest_message(&self) -> u32 {
+        let state = self.state.lock();
+        state.send.largest_message(state.receive.buf_alloc())
+    }
+
     /// Counts payload that is on its way to the device.
     pub(crate) fn add_unsent(&self, len: u32) {
         self.unsent.add(i64::from(len), Relaxed);
@@ -145,9 +256,22 @@ impl Connection {
         state.send.available(state.receive.buf_alloc())
     }
 
-    /// Bytes that can be read.
+    /// Bytes that can be read, or are part of a message that is not complete yet.
     pub(crate) fn readable(&self) -> u32 {
         self.state.lock().receive.unread()
+    }
+
+    /// Messages that can be read.
+    pub(crate) fn readable_messages(&self) -> u32 {
+        self.state.lock().queue.messages
+    }
+
+    /// Whether a reader that waits for `low_water` bytes finds enough; any message is.
+    pub(crate) fn is_readable(&self, low_water: usize) -> bool {
+        match self.socket_type {
+            SocketType::SeqPacket => self.readable_messages() > 0,
+            _ => self.readable() as usize >= low_water,
+        }
     }
 
     /// The `buf_alloc` and `fwd_cnt` of a packet that is about to be sent.
@@ -156,9 +280,14 @@ impl Connection {
     }
 
     /// Whether the peer should be told now of room in the receive buffer, as a reader waits for `low_water`
-    /// bytes.
+    /// bytes, or for a message.
     pub(crate) fn wants_credit_update(&self, low_water: u32) -> bool {
-        self.state.lock().receive.wants_update(low_water)
+        let state = self.state.lock();
+        // The rest of a message may take as much as the whole buffer has.
+        let message_awaited =
+            self.socket_type == SocketType::SeqPacket && state.queue.messages == 0;
+        state.receive.wants_update(low_water)
+            || (message_awaited && state.receive.unadvertised() > 0)
     }
 
     /// Changes the size of the receive buffer.
@@ -166,13 +295,17 @@ impl Connection {
         self.state.lock().receive.set_buf_alloc(buf_alloc);
     }
 
-    /// Appends a packet of payload to what can be read.
-    pub(crate) fn enqueue(&self, payload: SkBuff<()>) -> Result<(), CreditExceeded> {
+    /// Appends a packet of payload to what can be read, and the end of a message where `end` says so.
+    pub(crate) fn enqueue(
+        &self,
+        payload: SkBuff<()>,
+        end: Option<bool>,
+    ) -> Result<(), CreditExceeded> {
         let len = u32::try_from(payload.len()).map_err(|_| CreditExceeded)?;
         let mut state = self.state.lock();
         state.receive.receive(len)?;
         let limit = (state.receive.buf_alloc() as usize).saturating_mul(2);
-        state.queue.enqueue(payload, limit);
+        state.queue.enqueue(payload, end, limit);
         Ok(())
     }
 
@@ -184,6 +317,24 @@ impl Connection {
         self.state.lock().queue.packets.take()
     }
 
+    /// Puts the receive queue back after `read` bytes of it were read, in `messages` whole messages, and
+    /// packets left it that took `freed_truesize` bytes of memory and, on a stream, `freed` bytes of credit.
+    fn return_queue(
+        &self,
+        packets: SkBuffQueue<Received>,
+        read: usize,
+        freed: usize,
+        freed_truesize: usize,
+        messages: u32,
+    ) {
+        let mut state = self.state.lock();
+        state.queue.packets.prepend(packets);
+        state.queue.truesize = state.queue.truesize.saturating_sub(freed_truesize);
+        state.queue.messages = state.queue.messages.saturating_sub(messages);
+        // Neither is more than the receive buffer, whose size is 32 bits.
+        state.receive.consume(read as u32, freed as u32);
+    }
+
     /// Lets `copy` have data from the front of the receive queue, up to `len` bytes, and leaves it there.
     /// Returns how much it took; an error only where it took nothing. Needs the socket's lock; may sleep.
     pub(crate) fn peek(
@@ -193,20 +344,23 @@ impl Connection {
     ) -> Result<usize> {
         let packets = self.borrow_queue();
         let mut copied = 0;
-        let result = packets.try_for_each(|packet| {
-            let read = packet.control().read;
+        let end = packets.try_for_each(|packet| {
+            let read = packet.control().read as usize;
             let part = (len - copied).min(packet.len() - read);
-            if part > 0 {
-                copy(packet, read, part)?;
-                copied += part;
+            if part == 0 {
+                return ControlFlow::Break(Ok(()));
             }
-            Ok(())
+            if let Err(error) = copy(packet, read, part) {
+                return ControlFlow::Break(Err(error));
+            }
+            copied += part;
+            ControlFlow::Continue(())
         });
-        self.state.lock().queue.packets.prepend(packets);
-        if copied > 0 {
-            return Ok(copied);
+        self.return_queue(packets, 0, 0, 0, 0);
+        match end {
+            ControlFlow::Break(Err(error)) if copied == 0 => Err(error),
+            _ => Ok(copied),
         }
-        result.map(|()| 0)
     }
 
     /// Moves data out of the receive queue, as [`peek`](Self::peek) does otherwise.
@@ -220,37 +374,111 @@ impl Connection {
         let mut copied = 0;
         let mut freed = 0;
         let mut freed_truesize = 0;
-        while copied < len {
+        while copied < len && result.is_ok() {
             let Some(mut packet) = packets.pop_front() else {
                 break;
             };
-            let read = packet.control().read;
+            let read = packet.control().read as usize;
             let part = (len - copied).min(packet.len() - read);
             result = copy(&packet, read, part);
             if result.is_ok() {
                 copied += part;
-                packet.control_mut().read += part;
+                packet.control_mut().read += part as u32;
             }
-            if packet.control().read < packet.len() {
+            if (packet.control().read as usize) < packet.len() {
                 packets.push_front(packet);
-                break;
+            } else {
+                freed += packet.len();
+                freed_truesize += packet.truesize();
+                packet.consume();
             }
-            freed += packet.len();
-            freed_truesize += packet.truesize();
-            packet.consume();
         }
-
-        let mut state = self.state.lock();
-        state.queue.packets.prepend(packets);
-        state.queue.truesize = state.queue.truesize.saturating_sub(freed_truesize);
-        // Neither is more than the receive buffer, whose size is 32 bits.
-        state.receive.consume(copied as u32, freed as u32);
-        drop(state);
-
+        self.return_queue(packets, copied, freed, freed_truesize, 0);
         if copied > 0 {
             return Ok(copied);
         }
         result.map(|()| 0)
+    }
+
+    /// Lets `copy` have the first message, as much of it as `room` bytes hold, and leaves it in the queue.
+    /// `None` where none is complete. Needs the socket's lock; may sleep.
+    pub(crate) fn peek_message(
+        &self,
+        room: usize,
+        mut copy: impl FnMut(&SkBuff<Received>, usize, usize) -> Result,
+    ) -> Result<Option<ReadMessage>> {
+        if self.readable_messages() == 0 {
+            return Ok(None);
+        }
+        let packets = self.borrow_queue();
+        let mut message = ReadMessage::default();
+        let end = packets.try_for_each(|packet| {
+            let read = packet.control().read as usize;
+            let end = packet.control().next_end();
+            let part = end.map_or(packet.len(), |end| end.offset as usize) - read;
+            let wanted = part.min(room.saturating_sub(message.len));
+            if wanted > 0 {
+                if let Err(error) = copy(packet, read, wanted) {
+                    return ControlFlow::Break(Err(error));
+                }
+            }
+            message.len += part;
+            match end {
+                None => ControlFlow::Continue(()),
+                Some(end) => {
+                    message.ends_record = end.ends_record;
+                    ControlFlow::Break(Ok(()))
+                }
+            }
+        });
+        self.return_queue(packets, 0, 0, 0, 0);
+        match end {
+            ControlFlow::Break(Err(error)) => Err(error),
+            _ => Ok(Some(message)),
+        }
+    }
+
+    /// Moves the first message out of the queue, as [`peek_message`](Self::peek_message) does otherwise.
+    ///
+    /// A message that cannot be copied is lost, like one that is longer than `room` loses its end.
+    pub(crate) fn dequeue_message(
+        &self,
+        room: usize,
+        mut copy: impl FnMut(&SkBuff<Received>, usize, usize) -> Result,
+    ) -> Result<Option<ReadMessage>> {
+        if self.readable_messages() == 0 {
+            return Ok(None);
+        }
+        let mut packets = self.borrow_queue();
+        let mut message = ReadMessage::default();
+        let mut result = Ok(());
+        let mut freed_truesize = 0;
+        while let Some(mut packet) = packets.pop_front() {
+            let read = packet.control().read as usize;
+            let end = packet.control().next_end();
+            let stop = end.map_or(packet.len(), |end| end.offset as usize);
+            let wanted = (stop - read).min(room.saturating_sub(message.len));
+            if wanted > 0 && result.is_ok() {
+                result = copy(&packet, read, wanted);
+            }
+            message.len += stop - read;
+            packet.control_mut().read = stop as u32;
+            if end.is_some() {
+                packet.control_mut().end_read();
+            }
+            if stop < packet.len() {
+                packets.push_front(packet);
+            } else {
+                freed_truesize += packet.truesize();
+                packet.consume();
+            }
+            if let Some(end) = end {
+                message.ends_record = end.ends_record;
+                break;
+            }
+        }
+        self.return_queue(packets, message.len, message.len, freed_truesize, 1);
+        result.map(|()| Some(message))
     }
 
     /// Throws away what was received and not read.
@@ -260,6 +488,7 @@ impl Connection {
         state.receive.consume(unread, 0);
         let packets = state.queue.packets.take();
         state.queue.truesize = 0;
+        state.queue.messages = 0;
         drop(state);
         // Freed here, outside of the spinlock.
         drop(packets);

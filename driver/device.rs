@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     af_vsock_glue::virtio::{Device, Driver},
-    protocol::{feature, queue},
+    protocol::{feature, queue, SocketTypes},
 };
 use kernel::{prelude::*, sync::ArcBorrow};
 
@@ -30,7 +30,11 @@ pub(crate) enum DeviceState {
 
 impl Driver for VsockDriver {
     const DEVICE_TYPE: u32 = VIRTIO_ID_VSOCK;
-    const FEATURES: &'static [u32] = &[feature::STREAM];
+    const FEATURES: &'static [u32] = &[
+        feature::STREAM,
+        feature::SEQPACKET,
+        feature::NO_IMPLIED_STREAM,
+    ];
 
     fn probe(this: ArcBorrow<'_, Self>, device: &Device) -> Result {
         let mut state = this.device.lock();
@@ -86,6 +90,7 @@ impl VsockDriver {
         let mut events = EventQueue::new(events);
         events.fill()?;
         rx.fill();
+        self.set_socket_types(SocketTypes::negotiated(|bit| device.has_feature(bit)));
         self.tx.start(tx);
         self.set_guest_cid(Some(cid));
         // Interrupts that came before this found no queues; the work looks at them now.

@@ -28,7 +28,7 @@ use crate::{
         socket::Address,
         workqueue::OwnedQueue, //
     },
-    protocol::cid::Cid,
+    protocol::{cid::Cid, SocketTypes},
 };
 use kernel::{
     prelude::*,
@@ -51,6 +51,9 @@ mod work {
 pub(crate) struct VsockDriver {
     /// The current device's CID; [`Address::CID_ANY`] while there is no device.
     guest_cid: Atomic<u32>,
+
+    /// The kinds of sockets that driver and device agreed on, a bit each; see [`Self::socket_types`].
+    socket_types: Atomic<u32>,
 
     /// Serialises probe, remove, freeze and restore.
     #[pin]
@@ -114,6 +117,7 @@ impl VsockDriver {
         Arc::pin_init(
             pin_init!(Self {
                 guest_cid: Atomic::new(Address::CID_ANY),
+                socket_types: Atomic::new(0),
                 device <- new_mutex!(device::DeviceState::default(), "virtio_vsock_rs_device"),
                 rx <- new_mutex!(None, "virtio_vsock_rs_rx"),
                 tx <- tx::Tx::new(),
@@ -132,6 +136,28 @@ impl VsockDriver {
     fn guest_cid(&self) -> Option<Cid> {
         Cid::guest_from_config(u64::from(self.guest_cid.load(Relaxed))).ok()
     }
+
+    /// The kinds of sockets that driver and device agreed on.
+    fn socket_types(&self) -> SocketTypes {
+        let bits = self.socket_types.load(Relaxed);
+        SocketTypes {
+            stream: bits & Self::STREAM_BIT != 0,
+            seqpacket: bits & Self::SEQPACKET_BIT != 0,
+        }
+    }
+
+    fn set_socket_types(&self, types: SocketTypes) {
+        let stream = if types.stream { Self::STREAM_BIT } else { 0 };
+        let seqpacket = if types.seqpacket {
+            Self::SEQPACKET_BIT
+        } else {
+            0
+        };
+        self.socket_types.store(stream | seqpacket, Relaxed);
+    }
+
+    const STREAM_BIT: u32 = 1;
+    const SEQPACKET_BIT: u32 = 2;
 
     fn set_guest_cid(&self, cid: Option<Cid>) {
         self.guest_cid

@@ -12,7 +12,7 @@ use super::{
 use crate::{
     af_vsock_glue::{
         skb::SkBuff,
-        socket::{Address, Directions, LockedSocket, Socket, SocketState},
+        socket::{Address, Directions, LockedSocket, Socket, SocketKind, SocketState},
         virtio::{FromDevice, PushError, RawQueue, Virtqueue},
         workqueue::cond_resched,
     },
@@ -134,7 +134,7 @@ impl VsockDriver {
             self.statistics.dropped_cid.increment();
             return;
         };
-        if header.socket_type != SocketType::Stream {
+        if !self.socket_types().contains(header.socket_type) {
             self.statistics.unknown_type.increment();
             self.send_reset_reply(&header);
             return;
@@ -184,7 +184,7 @@ impl VsockDriver {
     ) {
         let state = protocol_state(socket.state());
         // While nobody had its lock the socket may have been closed, or connected to somebody else.
-        if !socket.is_stream()
+        if protocol_type(socket.kind()) != Some(header.socket_type)
             || socket.is_done()
             || (state != State::Listening && !socket.accepts_source::<Self>(flow.remote))
         {
@@ -275,7 +275,7 @@ impl VsockDriver {
         header: &Header,
         payload: ReceivedPayload,
     ) {
-        if connection.enqueue(payload).is_ok() {
+        if connection.enqueue(payload, header.message_end()).is_ok() {
             socket.wake_readers();
             return;
         }
@@ -347,6 +347,15 @@ impl VsockDriver {
             socket.fail(ECONNRESET);
         }
         socket.remove_from_tables();
+    }
+}
+
+/// The type that a socket's packets have; datagrams have none.
+pub(super) fn protocol_type(kind: SocketKind) -> Option<SocketType> {
+    match kind {
+        SocketKind::Stream => Some(SocketType::Stream),
+        SocketKind::SeqPacket => Some(SocketType::SeqPacket),
+        SocketKind::Datagram => None,
     }
 }
 

@@ -5,17 +5,19 @@
 //! Every function here is called with the socket's lock held, where it takes a [`LockedSocket`].
 
 use super::{
-    connection::{Connection, ResetState},
+    connection::{Connection, Received, ResetState},
+    rx::protocol_type,
     tx::Message,
     VsockDriver, //
 };
 use crate::{
     af_vsock_glue::{
         message::{MessageDest, MessageSource},
+        skb::SkBuff,
         socket::{Address, Directions, LockedSocket, Socket, SocketState},
         transport::Transport,
     },
-    protocol::{header::Op, MAX_PAYLOAD},
+    protocol::header::Op,
 };
 use kernel::{
     prelude::*,
@@ -38,7 +40,8 @@ impl Transport for VsockDriver {
 
     fn new_connection(&self, socket: &LockedSocket<'_>) -> Result<Arc<Connection>> {
         socket.limit_buffer_size(MAX_BUFFER_SIZE);
-        Connection::new(u32::try_from(socket.buffer_size())?)
+        let socket_type = protocol_type(socket.kind()).ok_or(ESOCKTNOSUPPORT)?;
+        Connection::new(socket_type, u32::try_from(socket.buffer_size())?)
     }
 
     fn release(self: ArcBorrow<'_, Self>, socket: &mut LockedSocket<'_>) {
@@ -82,7 +85,14 @@ impl Transport for VsockDriver {
     }
 
     fn allows_stream(&self, socket: &Socket, _remote: Address) -> bool {
+        // The core asks this for seqpacket sockets, too.
         socket.in_global_namespace()
+            && protocol_type(socket.kind())
+                .is_some_and(|socket_type| self.socket_types().contains(socket_type))
+    }
+
+    fn allows_seqpacket(&self, socket: &Socket, _remote_cid: u32) -> bool {
+        socket.in_global_namespace() && self.socket_types().seqpacket
     }
 
     fn before_receive(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
@@ -116,12 +126,32 @@ impl Transport for VsockDriver {
         let received = connection.dequeue(len, |packet, offset, part| {
             packet.copy_to(offset, message, part)
         })?;
-        if connection.wants_credit_update(socket.low_water())
-            && socket.state() == SocketState::Established
-        {
-            self.send_credit_update(socket, connection, false);
-        }
+        self.update_credit_of_reader(socket, connection);
         Ok(received)
+    }
+
+    fn receive_message(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        message: &mut MessageDest,
+        peek: bool,
+    ) -> Result<usize> {
+        tell_of_reset(socket, connection)?;
+        let room = message.remaining();
+        let copy = |packet: &SkBuff<Received>, offset, part| packet.copy_to(offset, message, part);
+        let read = if peek {
+            connection.peek_message(room, copy)
+        } else {
+            let read = connection.dequeue_message(room, copy);
+            self.update_credit_of_reader(socket, connection);
+            read
+        }?;
+        let read = read.unwrap_or_default();
+        if read.ends_record {
+            message.set_ends_record();
+        }
+        Ok(read.len)
     }
 
     fn before_send(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
@@ -140,15 +170,37 @@ impl Transport for VsockDriver {
             self.statistics.credit_stalls.increment();
             return Ok(0);
         }
+        let mut zero_copy = match message.zero_copy(socket, credit as usize) {
+            Ok(zero_copy) => zero_copy,
+            Err(error) => {
+                connection.return_send_credit(credit);
+                return Err(error);
+            }
+        };
+        // Only what is sent as a whole is sent from the caller's pages: a rest that waits for credit would
+        // need a completion of its own.
+        let from_pages =
+            zero_copy.is_some() && self.tx.takes_pages() && message.remaining() <= credit as usize;
+        if let (Some(zero_copy), false) = (&mut zero_copy, from_pages) {
+            zero_copy.set_copied();
+        }
         let mut left = credit;
         while left > 0 {
-            let part = left.min(MAX_PAYLOAD);
-            let sent = self
-                .payload_packet(socket, connection, message, part)
-                .and_then(|packet| self.transmit(packet));
+            let part = left.min(self.tx.longest_payload());
+            let sent = self.send_payload(
+                socket,
+                connection,
+                message,
+                part,
+                zero_copy.as_mut(),
+                from_pages,
+            );
             if let Err(error) = sent {
                 connection.return_send_credit(left);
                 if left == credit {
+                    if let Some(zero_copy) = &mut zero_copy {
+                        zero_copy.set_unused();
+                    }
                     return Err(error);
                 }
                 break;
@@ -156,6 +208,31 @@ impl Transport for VsockDriver {
             left -= part;
         }
         Ok((credit - left) as usize)
+    }
+
+    fn send_message(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Connection>,
+        message: &mut MessageSource,
+        len: usize,
+    ) -> Result<usize> {
+        if len > connection.largest_message() as usize {
+            return Err(EMSGSIZE);
+        }
+        self.send(socket, connection, message, len)
+    }
+
+    fn is_readable(connection: &Connection, low_water: usize) -> bool {
+        connection.is_readable(low_water)
+    }
+
+    fn readable_messages(connection: &Connection) -> usize {
+        match connection.reset_state() {
+            // Without a message the core would not ask further, and the reader get an end of the stream.
+            ResetState::Untold => 1,
+            ResetState::No | ResetState::Told => connection.readable_messages() as usize,
+        }
     }
 
     fn readable(connection: &Connection) -> usize {
@@ -201,6 +278,15 @@ enum Closed {
 }
 
 impl VsockDriver {
+    /// Tells the peer of room that a reader has made, where it should know now.
+    fn update_credit_of_reader(&self, socket: &LockedSocket<'_>, connection: &Connection) {
+        if socket.state() == SocketState::Established
+            && connection.wants_credit_update(socket.low_water())
+        {
+            self.send_credit_update(socket, connection, false);
+        }
+    }
+
     /// Says goodbye to the peer of a socket that is being closed.
     fn close(self: ArcBorrow<'_, Self>, socket: &mut LockedSocket<'_>) -> Closed {
         let Some(connection) = socket.connection::<Self>() else {

@@ -15,15 +15,22 @@ use super::{
 };
 use crate::{
     af_vsock_glue::{
+        message::{MessageSource, ZeroCopy},
         skb::{Payload, SkBuff, SkBuffQueue},
         socket::{LockedSocket, Socket},
         virtio::{PushError, RawQueue, ToDevice, Virtqueue},
     },
-    protocol::header::{Header, Op, SocketType},
+    protocol::{
+        header::{Header, Op, SocketType, HEADER_LEN, SEQ_EOM, SEQ_EOR},
+        MAX_PAYLOAD,
+    },
 };
 use kernel::{
     prelude::*,
-    sync::{new_mutex, new_spinlock, Arc, ArcBorrow, Mutex, SpinLock},
+    sync::{
+        atomic::{Atomic, Relaxed},
+        new_mutex, new_spinlock, Arc, ArcBorrow, Mutex, SpinLock,
+    },
 };
 
 /// How many answers may wait for room before no more packets are received.
@@ -74,6 +81,8 @@ pub(crate) struct Tx {
     queue: Mutex<Option<Virtqueue<Outgoing, ToDevice>>>,
     #[pin]
     backlog: SpinLock<Backlog>,
+    /// The longest payload that fits into the virtqueue, in bytes.
+    longest_payload: Atomic<u32>,
 }
 
 /// Packets that wait, in order.
@@ -123,12 +132,31 @@ impl Tx {
                 packets: SkBuffQueue::new(),
                 replies: 0,
             }, "virtio_vsock_rs_backlog"),
+            longest_payload: Atomic::new(MAX_PAYLOAD),
         })
     }
 
     /// Begins to use a device's queue.
     pub(crate) fn start(&self, queue: RawQueue) {
-        *self.queue.lock() = Some(queue.into());
+        let queue = Virtqueue::from(queue);
+        let longest = if queue.takes_any_packet() {
+            MAX_PAYLOAD
+        } else {
+            // A small queue takes packets in one segment only.
+            (OutgoingPacket::longest_linear() - HEADER_LEN) as u32
+        };
+        self.longest_payload.store(longest, Relaxed);
+        *self.queue.lock() = Some(queue);
+    }
+
+    /// The longest payload of a packet, in bytes.
+    pub(crate) fn longest_payload(&self) -> u32 {
+        self.longest_payload.load(Relaxed)
+    }
+
+    /// Whether packets may be in as many pieces as the caller's pages are.
+    pub(crate) fn takes_pages(&self) -> bool {
+        self.longest_payload() == MAX_PAYLOAD
     }
 
     /// Stops using the device, and frees what it was to be sent. Sleeps.
@@ -200,7 +228,7 @@ impl VsockDriver {
             src_port: local.port,
             dst_port: remote.port,
             len,
-            socket_type: SocketType::Stream,
+            socket_type: connection.socket_type(),
             op,
             flags,
             buf_alloc,
@@ -216,31 +244,62 @@ impl VsockDriver {
         message: Message,
     ) -> Result<OutgoingPacket> {
         let header = self.header(socket, connection, message.op, message.flags, 0)?;
-        let mut packet = SkBuff::outgoing(
+        SkBuff::outgoing(
+            Some(socket),
             &header.to_bytes(),
             Payload::None,
+            None,
             Outgoing::control(message.is_reply),
-        )?;
-        packet.charge_to(socket);
-        Ok(packet)
+        )
     }
 
-    /// Makes a packet with `len` bytes of `message` as its payload. May sleep.
-    pub(crate) fn payload_packet(
+    /// Sends the next `len` bytes of a message, out of the caller's pages where `from_pages` says so. May sleep.
+    pub(crate) fn send_payload(
         &self,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Connection>,
-        message: &mut crate::af_vsock_glue::message::MessageSource,
+        message: &mut MessageSource,
         len: u32,
-    ) -> Result<OutgoingPacket> {
-        let header = self.header(socket, &connection, Op::Rw, 0, len)?;
-        let mut packet = SkBuff::outgoing(
-            &header.to_bytes(),
-            Payload::Message(message, len as usize),
-            Outgoing::payload(connection, len),
-        )?;
-        packet.charge_to(socket);
-        Ok(packet)
+        mut zero_copy: Option<&mut ZeroCopy>,
+        from_pages: bool,
+    ) -> Result {
+        let is_end = connection.socket_type() == SocketType::SeqPacket
+            && message.remaining() == len as usize;
+        let flags = match (is_end, message.ends_record()) {
+            (false, _) => 0,
+            (true, false) => SEQ_EOM,
+            (true, true) => SEQ_EOM | SEQ_EOR,
+        };
+        let header = self
+            .header(socket, &connection, Op::Rw, flags, len)?
+            .to_bytes();
+        let control = || Outgoing::payload(connection, len);
+        if from_pages {
+            let payload = Payload::Pages(message, len as usize);
+            match SkBuff::outgoing(
+                Some(socket),
+                &header,
+                payload,
+                zero_copy.as_deref_mut(),
+                control(),
+            ) {
+                // The message is in more pieces than a packet can have.
+                Err(EMSGSIZE) => {
+                    if let Some(zero_copy) = &mut zero_copy {
+                        zero_copy.set_copied();
+                    }
+                }
+                packet => return self.transmit(packet?),
+            }
+        }
+        let payload = Payload::Copy(message, len as usize);
+        self.transmit(SkBuff::outgoing(
+            Some(socket),
+            &header,
+            payload,
+            zero_copy,
+            control(),
+        )?)
     }
 
     /// Sends a control packet of a connection. May sleep.
@@ -276,7 +335,13 @@ impl VsockDriver {
         let Some(header) = to.reset_reply() else {
             return;
         };
-        let packet = SkBuff::outgoing(&header.to_bytes(), Payload::None, Outgoing::control(true));
+        let packet = SkBuff::outgoing(
+            None,
+            &header.to_bytes(),
+            Payload::None,
+            None,
+            Outgoing::control(true),
+        );
         // Out of memory, or without a device, the peer is left to its own timeout.
         if packet.and_then(|packet| self.transmit(packet)).is_ok() {
             self.statistics.rst_no_socket.increment();

@@ -80,7 +80,9 @@ pub fn step(state: State, peer_shutdown: u32, header: &Header) -> Step {
             reply: true,
         },
 
-        (State::Established, Op::Rw) if header.len == 0 => Step::NoteCredit,
+        (State::Established, Op::Rw) if header.len == 0 && header.message_end().is_none() => {
+            Step::NoteCredit
+        }
         (State::Established, Op::Rw) => Step::Deliver,
         (State::Established, Op::CreditRequest) => Step::SendCredit,
         (State::Established, Op::CreditUpdate) => Step::NoteCredit,

@@ -28,6 +28,11 @@ impl SendCredit {
         self.peer_buf_alloc.min(limit).saturating_sub(in_flight)
     }
 
+    /// The longest message that the peer can take, once it has room for it.
+    pub fn largest_message(&self, limit: u32) -> u32 {
+        self.peer_buf_alloc.min(limit)
+    }
+
     /// Takes up to `wanted` bytes of credit and returns how many it took.
     pub fn take(&mut self, wanted: u32, limit: u32) -> u32 {
         let taken = wanted.min(self.available(limit));
@@ -103,7 +108,8 @@ impl ReceiveCredit {
 
     /// Notes that `read` bytes were read, and that packets of `freed` bytes left the buffer thereby.
     ///
-    /// Credit goes back to the peer by whole packets, when their memory is free again.
+    /// On a stream, credit goes back to the peer by whole packets, when their memory is free again. On a
+    /// seqpacket socket it goes back by messages (`freed` is `read`): the rest of a message may need it.
     pub fn consume(&mut self, read: u32, freed: u32) {
         self.unread = self.unread.saturating_sub(read);
         self.held = self.held.saturating_sub(freed);
@@ -117,7 +123,7 @@ impl ReceiveCredit {
     }
 
     /// Bytes that the peer does not know to be free again.
-    fn unadvertised(&self) -> u32 {
+    pub fn unadvertised(&self) -> u32 {
         self.fwd_cnt.wrapping_sub(self.advertised_fwd_cnt)
     }
 

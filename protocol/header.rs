@@ -12,6 +12,11 @@ pub const SHUTDOWN_SEND: u32 = 2;
 /// Both directions.
 pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RCV | SHUTDOWN_SEND;
 
+/// `VIRTIO_VSOCK_OP_RW` flag: the payload ends a message (`VIRTIO_VSOCK_SEQ_EOM`).
+pub const SEQ_EOM: u32 = 1;
+/// `VIRTIO_VSOCK_OP_RW` flag: the message ends a record (`VIRTIO_VSOCK_SEQ_EOR`).
+pub const SEQ_EOR: u32 = 2;
+
 /// What a packet is for (`VIRTIO_VSOCK_OP_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Op {
@@ -68,7 +73,9 @@ impl From<Op> for u16 {
 pub enum SocketType {
     /// A byte stream (`SOCK_STREAM`).
     Stream,
-    /// A number that this implementation does not serve.
+    /// Messages with boundaries (`SOCK_SEQPACKET`).
+    SeqPacket,
+    /// A number that the specification does not assign.
     Unknown(u16),
 }
 
@@ -76,6 +83,7 @@ impl From<u16> for SocketType {
     fn from(raw: u16) -> Self {
         match raw {
             1 => SocketType::Stream,
+            2 => SocketType::SeqPacket,
             other => SocketType::Unknown(other),
         }
     }
@@ -85,6 +93,7 @@ impl From<SocketType> for u16 {
     fn from(socket_type: SocketType) -> Self {
         match socket_type {
             SocketType::Stream => 1,
+            SocketType::SeqPacket => 2,
             SocketType::Unknown(raw) => raw,
         }
     }
@@ -130,6 +139,12 @@ impl Fields<'_> {
 }
 
 impl Header {
+    /// The end of a message that the payload has: `None` for none, else whether it ends a record, too.
+    pub fn message_end(&self) -> Option<bool> {
+        (self.socket_type == SocketType::SeqPacket && self.flags & SEQ_EOM != 0)
+            .then_some(self.flags & SEQ_EOR != 0)
+    }
+
     /// Reads the fields of a header.
     ///
     /// The caller passes its own copy of the bytes: what the device can still write is read once.

@@ -27,6 +27,39 @@ pub const MAX_PAYLOAD: u32 = 64 * 1024;
 pub mod feature {
     /// `VIRTIO_VSOCK_F_STREAM`: stream sockets are supported.
     pub const STREAM: u32 = 0;
+    /// `VIRTIO_VSOCK_F_SEQPACKET`: seqpacket sockets are supported.
+    pub const SEQPACKET: u32 = 1;
+    /// `VIRTIO_VSOCK_F_NO_IMPLIED_STREAM`: stream sockets are not supported without their feature bit.
+    pub const NO_IMPLIED_STREAM: u32 = 2;
+}
+
+/// The kinds of sockets that driver and device agreed on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SocketTypes {
+    /// Stream sockets.
+    pub stream: bool,
+    /// Seqpacket sockets.
+    pub seqpacket: bool,
+}
+
+impl SocketTypes {
+    /// What the negotiated feature bits mean; `has` says of each whether it was negotiated.
+    pub fn negotiated(has: impl Fn(u32) -> bool) -> Self {
+        Self {
+            // Devices older than the bit have stream sockets without it.
+            stream: has(feature::STREAM) || !has(feature::NO_IMPLIED_STREAM),
+            seqpacket: has(feature::SEQPACKET),
+        }
+    }
+
+    /// Whether `socket_type` is among them.
+    pub fn contains(self, socket_type: header::SocketType) -> bool {
+        match socket_type {
+            header::SocketType::Stream => self.stream,
+            header::SocketType::SeqPacket => self.seqpacket,
+            header::SocketType::Unknown(_) => false,
+        }
+    }
 }
 
 /// Virtqueue numbers (virtio 5.10.2).
