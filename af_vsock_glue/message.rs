@@ -54,6 +54,11 @@ impl MessageSource {
         self.has_flag(bindings::MSG_EOR)
     }
 
+    /// Whether the caller wants its own pages to be sent (`MSG_ZEROCOPY`), where that can be.
+    pub(crate) fn wants_zero_copy(&self) -> bool {
+        self.has_flag(bindings::MSG_ZEROCOPY)
+    }
+
     /// The completion that the caller waits for, where it wants the next `len` bytes to be sent out of its
     /// own pages (`MSG_ZEROCOPY`). ENOMEM where there should be one and cannot be.
     pub(crate) fn zero_copy(
@@ -61,7 +66,7 @@ impl MessageSource {
         socket: &LockedSocket<'_>,
         len: usize,
     ) -> Result<Option<ZeroCopy>> {
-        if !self.has_flag(bindings::MSG_ZEROCOPY) {
+        if !self.wants_zero_copy() {
             return Ok(None);
         }
         // SAFETY: By the type invariant.

@@ -201,7 +201,9 @@ impl Transport for VsockDriver {
                     if let Some(zero_copy) = &mut zero_copy {
                         zero_copy.set_unused();
                     }
-                    return Err(error);
+                    // With MSG_ZEROCOPY applications know ENOMEM from the C driver for pages that are not there.
+                    let is_fault = error == EFAULT && message.wants_zero_copy();
+                    return Err(if is_fault { ENOMEM } else { error });
                 }
                 break;
             }
