@@ -1,0 +1,270 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The virtqueues, as QEMU's vhost-user frontend drives them.
+
+use std::io::{Read, Result, Write};
+use std::sync::Arc;
+
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vmm_sys_util::epoll::EventSet;
+
+use crate::device::{lock, ForGuest, Queue, Shared, State};
+use crate::packet::Packet;
+
+type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
+type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap<()>>>;
+
+const RX: usize = 0;
+const TX: usize = 1;
+const EVENT: usize = 2;
+const QUEUES: usize = 3;
+
+/// The device event that says that a test or another device wants something (the library keeps the next one).
+pub(crate) const WAKE: u16 = QUEUES as u16 + 1;
+
+/// The largest ring that the device takes.
+const MAX_QUEUE_SIZE: usize = 1024;
+
+/// The vhost-user backend of a device.
+pub(crate) struct Backend {
+    shared: Arc<Shared>,
+    memory: Memory,
+}
+
+impl Backend {
+    pub(crate) fn new(shared: Arc<Shared>, memory: Memory) -> Self {
+        Self { shared, memory }
+    }
+
+    fn pop(&self, vring: &VringRwLock<Memory>) -> Option<Chain> {
+        vring
+            .get_mut()
+            .get_queue_mut()
+            .pop_descriptor_chain(self.memory.memory())
+    }
+
+    fn unpop(&self, vring: &VringRwLock<Memory>) {
+        vring.get_mut().get_queue_mut().go_to_previous_position();
+    }
+
+    /// Buffers in the available ring that were not taken.
+    fn posted(&self, vring: &VringRwLock<Memory>) -> u16 {
+        let state = vring.get_ref();
+        let queue = state.get_queue();
+        if !queue.ready() {
+            return 0;
+        }
+        queue
+            .avail_idx(&*self.memory.memory(), std::sync::atomic::Ordering::Acquire)
+            .map_or(0, |avail| avail.0.wrapping_sub(queue.next_avail()))
+    }
+
+    /// Takes packets from the guest.
+    fn process_tx(&self, vring: &VringRwLock<Memory>) -> bool {
+        let mut used = false;
+        loop {
+            if lock(&self.shared.state).hold_tx || self.shared.switch.is_congested() {
+                return used;
+            }
+            let Some(chain) = self.pop(vring) else {
+                return used;
+            };
+            let head = chain.head_index();
+            let memory = self.memory.memory();
+            let mut bytes = Vec::new();
+            let read = chain
+                .reader(&*memory)
+                .map_err(std::io::Error::other)
+                .and_then(|mut reader| reader.read_to_end(&mut bytes));
+            let _ = vring.add_used(head, 0);
+            used = true;
+            if read.is_ok() {
+                if let Some(packet) = Packet::from_bytes(&bytes) {
+                    self.packet_from_guest(packet);
+                }
+            }
+        }
+    }
+
+    fn packet_from_guest(&self, packet: Packet) {
+        let manual = {
+            let mut state = lock(&self.shared.state);
+            state.observers.retain(|observer| observer.send(packet.clone()).is_ok());
+            state.manual
+        };
+        if !manual {
+            self.shared.switch.route(&self.shared, packet);
+        }
+    }
+
+    /// Gives packets to the guest.
+    fn process_rx(&self, vring: &VringRwLock<Memory>, state: &mut State) -> bool {
+        let mut used = false;
+        while !state.hold_rx && !state.for_guest.is_empty() {
+            let Some(chain) = self.pop(vring) else {
+                break;
+            };
+            let head = chain.head_index();
+            let memory = self.memory.memory();
+            let Ok(mut writer) = chain.writer(&*memory) else {
+                let _ = vring.add_used(head, 0);
+                continue;
+            };
+            let (bytes, used_len) = match state.for_guest.pop_front() {
+                None => {
+                    self.unpop(vring);
+                    break;
+                }
+                Some(ForGuest::Raw { bytes, used_len }) => (bytes, used_len),
+                Some(ForGuest::Packet(packet)) => {
+                    let Some((packet, rest)) = packet.split_to_fit(writer.available_bytes()) else {
+                        // No packet fits, so the buffer goes back empty and the packet is lost.
+                        let _ = vring.add_used(head, 0);
+                        continue;
+                    };
+                    if let Some(rest) = rest {
+                        state.for_guest.push_front(ForGuest::Packet(rest));
+                    }
+                    (packet.to_bytes(), None)
+                }
+            };
+            let len = bytes.len().min(writer.available_bytes());
+            let written = writer.write_all(&bytes[..len]).map_or(0, |()| len as u32);
+            let _ = vring.add_used(head, used_len.unwrap_or(written));
+            used = true;
+        }
+        used
+    }
+
+    /// Gives events to the guest; one without a buffer waits.
+    fn process_events(&self, vring: &VringRwLock<Memory>, state: &mut State) -> bool {
+        let mut used = false;
+        while !state.hold_events && !state.events.is_empty() {
+            let Some(chain) = self.pop(vring) else {
+                break;
+            };
+            let head = chain.head_index();
+            let memory = self.memory.memory();
+            let event = state.events.pop_front().unwrap_or_default();
+            let written = chain.writer(&*memory).map_or(0, |mut writer| {
+                let len = event.len().min(writer.available_bytes());
+                writer.write_all(&event[..len]).map_or(0, |()| len as u32)
+            });
+            let _ = vring.add_used(head, written);
+            used = true;
+        }
+        used
+    }
+
+    fn process_all(&self, vrings: &[VringRwLock<Memory>]) -> Result<()> {
+        let was_congested = self.shared.is_congested();
+        loop {
+            for vring in vrings {
+                let _ = vring.disable_notification();
+            }
+            let mut used = [false; QUEUES];
+            used[TX] = self.process_tx(&vrings[TX]);
+            {
+                let mut state = lock(&self.shared.state);
+                used[RX] = self.process_rx(&vrings[RX], &mut state);
+                used[EVENT] = self.process_events(&vrings[EVENT], &mut state);
+                while let Some((queue, descriptor, len)) = state.forged_completions.pop_front() {
+                    let queue = match queue {
+                        Queue::Rx => RX,
+                        Queue::Tx => TX,
+                        Queue::Event => EVENT,
+                    };
+                    let _ = vrings[queue].add_used(descriptor, len);
+                    used[queue] = true;
+                }
+                state.posted = (self.posted(&vrings[RX]), self.posted(&vrings[EVENT]));
+                state.started = true;
+                self.shared.changed.notify_all();
+            }
+            for (vring, used) in vrings.iter().zip(used) {
+                if used && vring.needs_notification().unwrap_or(true) {
+                    vring.signal_used_queue()?;
+                }
+            }
+            // Whatever the guest added before it knew that it has to notify is looked at now.
+            let mut more = false;
+            for vring in vrings {
+                more |= vring.enable_notification().unwrap_or(false);
+            }
+            // Without progress, what is there waits for somebody else, who wakes this device.
+            if !more || used == [false; QUEUES] {
+                break;
+            }
+        }
+        if was_congested && !self.shared.is_congested() {
+            self.shared.switch.wake_all();
+        }
+        Ok(())
+    }
+}
+
+impl VhostUserBackend for Backend {
+    type Bitmap = ();
+    type Vring = VringRwLock<Memory>;
+
+    fn num_queues(&self) -> usize {
+        QUEUES
+    }
+
+    fn max_queue_size(&self) -> usize {
+        MAX_QUEUE_SIZE
+    }
+
+    fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1
+            | 1 << VIRTIO_RING_F_EVENT_IDX
+            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+            | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
+            | self.shared.features
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ
+    }
+
+    fn set_event_idx(&self, _enabled: bool) {
+        // The library tells the queues.
+    }
+
+    fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
+        let config = self.shared.guest_cid().to_le_bytes();
+        config
+            .into_iter()
+            .skip(offset as usize)
+            .take(size as usize)
+            .collect()
+    }
+
+    fn update_memory(&self, memory: Memory) -> Result<()> {
+        // The library replaces what is in the `GuestMemoryAtomic` that both of us have.
+        let _ = memory;
+        Ok(())
+    }
+
+    fn handle_event(
+        &self,
+        device_event: u16,
+        _events: EventSet,
+        vrings: &[VringRwLock<Memory>],
+        _thread: usize,
+    ) -> Result<()> {
+        if device_event == WAKE {
+            self.shared.drain_wake();
+        }
+        if vrings.iter().any(|vring| !vring.get_ref().get_queue().ready()) {
+            // The guest has not started the device yet, or has stopped it.
+            return Ok(());
+        }
+        self.process_all(vrings)
+    }
+}

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A virtio socket device outside of QEMU, for tests.
+//!
+//! QEMU's `vhost-user-test-device-pci` (with `virtio-id=19,num_vqs=3,config_size=8`) hands all three virtqueues and the
+//! configuration space to a [`Device`], one for each guest. The devices of a [`Switch`] route packets by CID: between
+//! guests, and to the host (CID 2), which a [`Bridge`] gives Unix sockets as Firecracker and vhost-device-vsock do.
+//! A test in the same process can also play the peer itself, packet by packet, and make the device misbehave.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`packet`] | a packet, to and from bytes |
+//! | [`device`] | the handle that tests hold: inject, observe, hold back, reset |
+//! | [`backend`] | the virtqueues, as QEMU's frontend drives them |
+//! | [`switch`] | which packet goes where |
+//! | [`bridge`] | the host's side of connections, on Unix sockets |
+
+pub mod backend;
+pub mod bridge;
+pub mod device;
+pub mod packet;
+pub mod switch;
+
+pub use bridge::Bridge;
+pub use device::{Device, DeviceConfig};
+pub use packet::{Op, Packet};
+pub use switch::Switch;
+
+/// The host's CID.
+pub const HOST_CID: u64 = 2;

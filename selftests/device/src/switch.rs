@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which packet goes where.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, Weak};
+
+use crate::device::{lock, Shared};
+use crate::packet::{Op, Packet};
+use crate::HOST_CID;
+
+/// The devices that reach each other, by their guests' CIDs.
+#[derive(Default)]
+pub struct Switch {
+    devices: Mutex<HashMap<u64, Weak<Shared>>>,
+}
+
+impl Switch {
+    /// A switch without devices.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Makes a device reachable at a CID, and at its old one no more.
+    pub(crate) fn connect(&self, cid: u64, device: &Arc<Shared>) {
+        let mut devices = lock(&self.devices);
+        devices.retain(|_, other| !Weak::ptr_eq(other, &Arc::downgrade(device)));
+        devices.insert(cid, Arc::downgrade(device));
+    }
+
+    fn all(&self) -> Vec<Arc<Shared>> {
+        lock(&self.devices).values().filter_map(Weak::upgrade).collect()
+    }
+
+    /// Whether some guest takes packets so slowly that no more should be taken from any.
+    pub(crate) fn is_congested(&self) -> bool {
+        self.all().iter().any(|device| device.is_congested())
+    }
+
+    /// Lets all devices look at their queues again, after congestion has ended.
+    pub(crate) fn wake_all(&self) {
+        for device in self.all() {
+            device.wake();
+        }
+    }
+
+    /// Sends on a packet that the guest of `from` has sent.
+    ///
+    /// A packet from a CID that is not the guest's is dropped; one to a CID that nobody has is answered with RST.
+    pub(crate) fn route(&self, from: &Arc<Shared>, packet: Packet) {
+        if packet.src_cid != from.guest_cid() {
+            return;
+        }
+        if packet.dst_cid == HOST_CID {
+            match from.bridge() {
+                Some(bridge) => bridge.receive(packet),
+                None => refuse(from, &packet),
+            }
+            return;
+        }
+        let to = lock(&self.devices).get(&packet.dst_cid).and_then(Weak::upgrade);
+        match to {
+            Some(to) => to.send_to_guest(packet),
+            None => refuse(from, &packet),
+        }
+    }
+}
+
+fn refuse(from: &Shared, packet: &Packet) {
+    if packet.op != Op::RST {
+        from.send_to_guest(packet.reply(Op::RST));
+    }
+}
