@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The methods: one arm of [`call`] each, named after the system call where there is one.
+
+use std::os::fd::RawFd;
+use std::process::Command;
+
+use anyhow::{bail, Context, Result};
+use serde::de::DeserializeOwned;
+use serde::Deserialize;
+use serde_json::{json, Value};
+
+use crate::pattern;
+use crate::sys::{self, End};
+
+/// How much a pattern is sent or received by one system call, in bytes.
+const PATTERN_PART: usize = 64 * 1024;
+
+#[derive(Deserialize)]
+struct Socket {
+    kind: i32,
+}
+
+#[derive(Deserialize)]
+struct Fd {
+    fd: RawFd,
+}
+
+#[derive(Deserialize)]
+struct FdAddress {
+    fd: RawFd,
+    cid: u32,
+    port: u32,
+}
+
+#[derive(Deserialize)]
+struct FdNumber {
+    fd: RawFd,
+    number: i32,
+}
+
+#[derive(Deserialize)]
+struct Send {
+    fd: RawFd,
+    text: String,
+    #[serde(default)]
+    flags: i32,
+}
+
+#[derive(Deserialize)]
+struct Receive {
+    fd: RawFd,
+    len: usize,
+    #[serde(default)]
+    flags: i32,
+}
+
+#[derive(Deserialize)]
+struct Pattern {
+    fd: RawFd,
+    seed: u64,
+    len: u64,
+}
+
+#[derive(Deserialize)]
+struct Poll {
+    fd: RawFd,
+    events: u32,
+    timeout_ms: i32,
+}
+
+#[derive(Deserialize)]
+struct SockOption {
+    fd: RawFd,
+    level: i32,
+    name: i32,
+    #[serde(default)]
+    value: Vec<u8>,
+    #[serde(default)]
+    len: usize,
+}
+
+#[derive(Deserialize)]
+struct Many {
+    count: usize,
+    fd: Option<RawFd>,
+    cid: Option<u32>,
+    port: Option<u32>,
+}
+
+#[derive(Deserialize)]
+struct Script {
+    script: String,
+}
+
+fn params<T: DeserializeOwned>(params: &Value) -> Result<T> {
+    serde_json::from_value(params.clone()).with_context(|| format!("the parameters {params}"))
+}
+
+/// Does what a request asks for.
+pub fn call(method: &str, given: &Value) -> Result<Value> {
+    Ok(match method {
+        "socket" => json!(sys::socket(params::<Socket>(given)?.kind)?),
+        "bind" => {
+            let FdAddress { fd, cid, port } = params(given)?;
+            json!(sys::bind(fd, cid, port)?)
+        }
+        "connect" => {
+            let FdAddress { fd, cid, port } = params(given)?;
+            json!(sys::connect(fd, cid, port)?)
+        }
+        "listen" => {
+            let FdNumber { fd, number } = params(given)?;
+            json!(sys::listen(fd, number)?)
+        }
+        "accept" => json!(sys::accept(params::<Fd>(given)?.fd)?),
+        "getsockname" => json!(sys::name(params::<Fd>(given)?.fd, End::Own)?),
+        "getpeername" => json!(sys::name(params::<Fd>(given)?.fd, End::Peer)?),
+        "send" => {
+            let Send { fd, text, flags } = params(given)?;
+            json!(sys::send(fd, text.as_bytes(), flags)?)
+        }
+        "recv" => {
+            let Receive { fd, len, flags } = params(given)?;
+            let mut bytes = vec![0; len];
+            let len = sys::recv(fd, &mut bytes, flags)?;
+            bytes.truncate(len);
+            json!(String::from_utf8_lossy(&bytes))
+        }
+        "recv_len" => {
+            let Receive { fd, len, flags } = params(given)?;
+            json!(sys::recv(fd, &mut vec![0; len], flags)?)
+        }
+        "send_pattern" => send_pattern(&params(given)?)?,
+        "recv_pattern" => recv_pattern(&params(given)?)?,
+        "shutdown" => {
+            let FdNumber { fd, number } = params(given)?;
+            json!(sys::shutdown(fd, number)?)
+        }
+        "close" => json!(sys::close(params::<Fd>(given)?.fd)?),
+        "set_nonblocking" => {
+            let FdNumber { fd, number } = params(given)?;
+            json!(sys::set_nonblocking(fd, number != 0)?)
+        }
+        "poll" => {
+            let Poll { fd, events, timeout_ms } = params(given)?;
+            json!(sys::poll(fd, events as i16, timeout_ms)?)
+        }
+        "epoll" => {
+            let Poll { fd, events, .. } = params(given)?;
+            json!(sys::epoll(fd, events)?)
+        }
+        "epoll_wait" => {
+            let Poll { fd, timeout_ms, .. } = params(given)?;
+            json!(sys::epoll_wait(fd, timeout_ms)?)
+        }
+        "setsockopt" => {
+            let SockOption { fd, level, name, value, .. } = params(given)?;
+            json!(sys::set_option(fd, level, name, &value)?)
+        }
+        "getsockopt" => {
+            let SockOption { fd, level, name, len, .. } = params(given)?;
+            json!(sys::option(fd, level, name, len)?)
+        }
+        "siocinq" => json!(sys::ioctl_int(params::<Fd>(given)?.fd, libc::FIONREAD)?),
+        "siocoutq" => json!(sys::ioctl_int(params::<Fd>(given)?.fd, libc::TIOCOUTQ)?),
+        "local_cid" => json!(sys::local_cid()?),
+        "connect_many" => connect_many(&params(given)?)?,
+        "accept_many" => accept_many(&params(given)?)?,
+        "sh" => run_script(&params::<Script>(given)?.script)?,
+        _ => bail!("no method {method:?}"),
+    })
+}
+
+/// Sends all of a pattern.
+fn send_pattern(wanted: &Pattern) -> Result<Value> {
+    let mut buffer = vec![0; PATTERN_PART];
+    let mut sent = 0;
+    while sent < wanted.len {
+        let part = PATTERN_PART.min((wanted.len - sent) as usize);
+        pattern::fill(&mut buffer[..part], wanted.seed, sent);
+        let mut done = 0;
+        while done < part {
+            done += sys::send(wanted.fd, &buffer[done..part], 0)?;
+        }
+        sent += part as u64;
+    }
+    Ok(json!(sent))
+}
+
+/// Receives a pattern, up to its length or the end of the stream, and says how much of it came; an error where it differs.
+fn recv_pattern(wanted: &Pattern) -> Result<Value> {
+    let mut buffer = vec![0; PATTERN_PART];
+    let mut received = 0;
+    while received < wanted.len {
+        let part = PATTERN_PART.min((wanted.len - received) as usize);
+        let len = sys::recv(wanted.fd, &mut buffer[..part], 0)?;
+        if len == 0 {
+            break;
+        }
+        if let Some(at) = pattern::first_difference(&buffer[..len], wanted.seed, received) {
+            bail!("the stream differs from what was sent at byte {at}");
+        }
+        received += len as u64;
+    }
+    Ok(json!(received))
+}
+
+fn connect_many(wanted: &Many) -> Result<Value> {
+    let (cid, port) = (
+        wanted.cid.context("cid is missing")?,
+        wanted.port.context("port is missing")?,
+    );
+    allow_descriptors(wanted.count)?;
+    let mut fds = Vec::with_capacity(wanted.count);
+    for _ in 0..wanted.count {
+        let fd = sys::socket(libc::SOCK_STREAM)?;
+        sys::connect(fd, cid, port)?;
+        fds.push(fd);
+    }
+    Ok(json!(fds))
+}
+
+fn accept_many(wanted: &Many) -> Result<Value> {
+    let listener = wanted.fd.context("fd is missing")?;
+    allow_descriptors(wanted.count)?;
+    let mut fds = Vec::with_capacity(wanted.count);
+    for _ in 0..wanted.count {
+        fds.push(sys::accept(listener)?);
+    }
+    Ok(json!(fds))
+}
+
+/// Raises the limit of open descriptors to `count` more than usual.
+fn allow_descriptors(count: usize) -> Result<()> {
+    let limit = libc::rlimit {
+        rlim_cur: (count + 1024) as libc::rlim_t,
+        rlim_max: (count + 1024) as libc::rlim_t,
+    };
+    // SAFETY: The limit is valid.
+    sys::check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
+    Ok(())
+}
+
+fn run_script(script: &str) -> Result<Value> {
+    let output = Command::new("/bin/sh")
+        .args(["-c", script])
+        .output()
+        .context("running /bin/sh")?;
+    let mut said = output.stdout;
+    said.extend(output.stderr);
+    Ok(json!({
+        "status": output.status.code().unwrap_or(-1),
+        "output": String::from_utf8_lossy(&said),
+    }))
+}
