@@ -1,0 +1,345 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The host tier: the driver against the kernel's own `vhost_vsock`, by upstream's `vsock_test`, which knows nothing
+//! of this project.
+//!
+//! One boot of a host and of a guest on it serves all tests. `vsock_test` runs in both, once with the guest as server
+//! and once as client; each of its tests is one result of ours, in either role. The kernel logs of host and guest, and
+//! the removal of the driver afterwards, are results of their own.
+
+mod nested;
+mod throughput;
+mod upstream;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::Driver;
+use crate::machine::{faults, Env};
+use crate::agent::{sh, sh_ok, Agent, Ended};
+use nested::{GuestSpec, NestedGuest, NestedHost, HOST_ADDRESS};
+pub use throughput::bench;
+use upstream::{parse_list, parse_output, verdict, Role, Sayings, UpstreamTest, Verdict};
+
+/// How long one run of all of upstream's tests may take. It takes 10 s when nothing else runs.
+const RUN_LIMIT: Duration = Duration::from_secs(100);
+
+/// How long the removal of the driver may take.
+const REMOVAL_LIMIT: Duration = Duration::from_secs(60);
+
+const HOST_KERNEL_LOG: &str = "host_tier::host_kernel_log";
+const GUEST_KERNEL_LOG: &str = "host_tier::guest_kernel_log";
+const DRIVER_REMOVAL: &str = "host_tier::driver_removal";
+
+/// What to run.
+pub struct Options<'a> {
+    /// The guest's driver.
+    pub driver: Driver,
+    /// Whether a test of this name is wanted.
+    pub wanted: &'a dyn Fn(&str) -> bool,
+    /// How many times to run each of upstream's tests, to find those that fail now and then.
+    pub repeat: u32,
+}
+
+/// What one test came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It did what it should.
+    Passed,
+    /// What went wrong, for people.
+    Failed(String),
+}
+
+/// The names of the host tier's tests, in the order in which they run.
+pub fn list(env: &Env) -> Result<Vec<String>> {
+    let tests = upstream_tests(env)?;
+    let mut names = Vec::new();
+    for role in Role::BOTH {
+        names.extend(tests.iter().map(|test| test.full_name(role)));
+    }
+    names.extend([GUEST_KERNEL_LOG, DRIVER_REMOVAL, HOST_KERNEL_LOG].map(str::to_owned));
+    Ok(names)
+}
+
+/// Upstream's tests, as upstream's program names them. That much of it runs without a socket.
+fn upstream_tests(env: &Env) -> Result<Vec<UpstreamTest>> {
+    let program = env.upstream.join("vsock_test");
+    let output = Command::new(&program)
+        .arg("--list")
+        .output()
+        .with_context(|| format!("running {} --list", program.display()))?;
+    parse_list(&String::from_utf8_lossy(&output.stdout))
+}
+
+/// Runs the wanted tests in machines that it boots, and tells `report` of each in the order of [`list`].
+///
+/// An error means that the machines could not be brought up, so that there is nothing to say about any test.
+pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) -> Result<()> {
+    let tests = upstream_tests(env)?;
+    let mut wanted = BTreeMap::new();
+    for role in Role::BOTH {
+        let ids = tests
+            .iter()
+            .filter(|test| (options.wanted)(&test.full_name(role)))
+            .map(|test| test.id)
+            .collect::<Vec<_>>();
+        wanted.insert(role, ids);
+    }
+
+    let spec = GuestSpec {
+        cid: 3,
+        driver: options.driver,
+    };
+    let dir = env.run_dir("host_tier")?;
+    let mut host = NestedHost::boot(env, &[spec], &dir)?;
+    let mut guest = host.start_guest(spec)?;
+
+    let mut failures: BTreeMap<(Role, u32), Vec<String>> = BTreeMap::new();
+    'rounds: for round in 1..=options.repeat {
+        for (role, ids) in &wanted {
+            if ids.is_empty() {
+                continue;
+            }
+            let begun = Instant::now();
+            let (failed, lost) = run_upstream(&mut host, &mut guest, *role, ids);
+            if options.repeat > 1 {
+                eprintln!(
+                    "run {round} of {}, {role}: {} of {} tests ok, {:.1} s",
+                    options.repeat,
+                    ids.len() - failed.len(),
+                    ids.len(),
+                    begun.elapsed().as_secs_f64()
+                );
+            }
+            for (id, text) in failed {
+                if options.repeat > 1 {
+                    eprintln!("  test {id}: {}", text.replace('\n', "\n  "));
+                }
+                let text = match options.repeat {
+                    1 => text,
+                    _ => format!("run {round}: {text}"),
+                };
+                failures.entry((*role, id)).or_default().push(text);
+            }
+            if lost { break 'rounds; }
+        }
+    }
+    for (role, ids) in &wanted {
+        for test in tests.iter().filter(|test| ids.contains(&test.id)) {
+            let outcome = match failures.get(&(*role, test.id)) {
+                None => Outcome::Passed,
+                Some(texts) if options.repeat == 1 => Outcome::Failed(texts.join("\n")),
+                Some(texts) => Outcome::Failed(format!(
+                    "{} of {} runs failed\n{}",
+                    texts.len(),
+                    options.repeat,
+                    texts.join("\n")
+                )),
+            };
+            report(&test.full_name(*role), outcome);
+        }
+    }
+
+    let removal = remove_driver(&mut guest);
+    let logs = [
+        (GUEST_KERNEL_LOG, guest.console.clone()),
+        (HOST_KERNEL_LOG, host.machine.console.clone()),
+    ];
+    report(DRIVER_REMOVAL, removal);
+    for (name, console) in logs {
+        report(name, kernel_log(&console)?);
+    }
+    drop(host);
+    Ok(())
+}
+
+/// Runs the tests `ids` of `vsock_test`, and gives those that failed, with what was said of them.
+///
+/// The first failure ends `vsock_test`, so the tests after it are run by another.
+fn run_upstream(host: &mut NestedHost, guest: &mut NestedGuest, role: Role, ids: &[u32]) -> (BTreeMap<u32, String>, bool) {
+    let mut failed = BTreeMap::new();
+    let mut remaining = ids.to_vec();
+    let mut lost = false;
+    while !remaining.is_empty() {
+        let said = run_pair(host, guest, role, &remaining);
+        let mut not_begun = Vec::new();
+        for &id in &remaining {
+            match verdict(id, &said.host, &said.guest) {
+                Verdict::Ok => (),
+                Verdict::Skipped => {
+                    failed.insert(id, "skipped, though it was asked for".to_owned());
+                }
+                Verdict::Failed(text) => {
+                    failed.insert(id, format!("{text}{}", said.trouble()));
+                }
+                Verdict::NotBegun => not_begun.push(id),
+            }
+        }
+        if said.lost {
+            let dump = host.dump(&guest.spec).unwrap_or_else(|error| format!("{error:#}"));
+            eprintln!("{dump}");
+            lost = true;
+        }
+        if not_begun.len() == remaining.len() || said.lost {
+            for id in not_begun {
+                failed.insert(id, format!("did not begin{}", said.trouble()));
+            }
+            break;
+        }
+        remaining = not_begun;
+    }
+    (failed, lost)
+}
+
+/// What both sides of one run of `vsock_test` said.
+#[derive(Default)]
+struct PairSaid {
+    host: Sayings,
+    guest: Sayings,
+    /// What went wrong beside the tests.
+    trouble: Vec<String>,
+    /// Whether a machine does not answer any more.
+    lost: bool,
+}
+
+impl PairSaid {
+    fn trouble(&self) -> String {
+        self.trouble.iter().map(|line| format!("\n{line}")).collect()
+    }
+}
+
+/// Runs the tests `ids` of `vsock_test` on both sides.
+fn run_pair(host: &mut NestedHost, guest: &mut NestedGuest, role: Role, ids: &[u32]) -> PairSaid {
+    let port = match role {
+        Role::GuestServer => guest.spec.forwarded_port(),
+        Role::GuestClient => guest.spec.host_port(),
+    };
+    let picked = ids.iter().map(|id| format!(" --pick {id}")).collect::<String>();
+    let command = |mode: &str, peer_cid: u32| {
+        format!("vsock_test --mode={mode} --control-port={port} --peer-cid={peer_cid}{picked}")
+    };
+    let host_cid = 2;
+    let guest_cid = guest.spec.cid;
+    let host = &host.machine.agent;
+    let guest = &guest.agent;
+    let mut said = PairSaid::default();
+    let (server, client) = match role {
+        Role::GuestServer => serve_and_connect(
+            guest,
+            &command("server", host_cid),
+            host,
+            &format!("{} --control-host=127.0.0.1", command("client", guest_cid)),
+            port,
+        ),
+        Role::GuestClient => serve_and_connect(
+            host,
+            &command("server", guest_cid),
+            guest,
+            &format!("{} --control-host={HOST_ADDRESS}", command("client", host_cid)),
+            port,
+        ),
+    };
+    let (host_output, guest_output) = match role {
+        Role::GuestServer => (client, server),
+        Role::GuestClient => (server, client),
+    };
+    let mut read = |name: &str, output: Result<Ended>| match output {
+        Ok(ended) => {
+            let tests = parse_output(&ended.output);
+            if tests.is_empty() {
+                let (status, output) = (ended.status, ended.output.trim());
+                said.trouble.push(format!("{name}: vsock_test ended with status {status}: {output}"));
+            }
+            Some(tests)
+        }
+        Err(error) => {
+            said.trouble.push(format!("{name}: {error:#}"));
+            said.lost = true;
+            None
+        }
+    };
+    let host_said = read("host", host_output);
+    let guest_said = read("guest", guest_output);
+    // The sides wait for each other before each test: whoever began one has seen the other end the one before.
+    let before_the_last = |sayings: &Sayings| {
+        let last = sayings.keys().next_back().copied();
+        let ended = sayings.iter().filter(|(id, _)| Some(**id) != last);
+        ended.map(|(id, said)| (*id, said.clone())).collect::<Sayings>()
+    };
+    said.guest = match (&guest_said, &host_said) {
+        (None, Some(host)) => before_the_last(host),
+        _ => guest_said.clone().unwrap_or_default(),
+    };
+    said.host = match (host_said, &guest_said) {
+        (None, Some(guest)) => before_the_last(guest),
+        (host, _) => host.unwrap_or_default(),
+    };
+    said
+}
+
+/// Runs a server on one side and, once it listens on the TCP port, a client on the other.
+fn serve_and_connect(
+    server: &Agent,
+    server_command: &str,
+    client: &Agent,
+    client_command: &str,
+    port: u32,
+) -> (Result<Ended>, Result<Ended>) {
+    let limit = RUN_LIMIT.as_secs();
+    // The programs are stopped at the limit; the agents answer a little later.
+    let answer_limit = RUN_LIMIT + Duration::from_secs(20);
+    let serve = format!(
+        "rm -f /tmp/server.*
+        (timeout -s KILL {limit} {server_command} >/tmp/server.output 2>&1; echo $? >/tmp/server.status) \
+            </dev/null >/dev/null 2>&1 &
+        until grep -q ':{port:04X} 00000000:0000 0A' /proc/net/tcp; do
+            [ ! -e /tmp/server.status ] || {{ cat /tmp/server.output; exit 1; }}
+            sleep 0.1
+        done"
+    );
+    if let Err(error) = sh_ok(server, &serve, answer_limit) {
+        let nothing = Ended { status: 0, output: String::new() };
+        return (Err(error.context("vsock_test as server does not listen")), Ok(nothing));
+    }
+    let client_ended = sh(client, &format!("timeout -s KILL {limit} {client_command}"), answer_limit);
+    let server_ended = sh(
+        server,
+        "until [ -e /tmp/server.status ]; do sleep 0.1; done
+        cat /tmp/server.output
+        exit $(cat /tmp/server.status)",
+        answer_limit,
+    );
+    (server_ended, client_ended)
+}
+
+/// Removes the guest's driver, as an administrator would.
+fn remove_driver(guest: &mut NestedGuest) -> Outcome {
+    let module = guest.spec.driver.module();
+    // A connection that both ends have closed may keep the module for another 8 s.
+    let script = format!(
+        "timeout {limit} sh -c 'until rmmod {module}; do sleep 0.5; done' 2>/tmp/rmmod.output && exit
+        tail -n 1 /tmp/rmmod.output
+        exit 1",
+        limit = REMOVAL_LIMIT.as_secs()
+    );
+    match sh_ok(&guest.agent, &script, 2 * REMOVAL_LIMIT) {
+        Ok(_) => Outcome::Passed,
+        Err(error) => Outcome::Failed(format!("{error:#}")),
+    }
+}
+
+/// The verdict of a machine's kernel on what happened in it.
+fn kernel_log(console: &Path) -> Result<Outcome> {
+    let text = fs::read(console).with_context(|| format!("reading {}", console.display()))?;
+    let text = String::from_utf8_lossy(&text);
+    let faults = faults(&text);
+    if faults.is_empty() {
+        return Ok(Outcome::Passed);
+    }
+    Ok(Outcome::Failed(format!("{}\nin {}", faults.join("\n"), console.display())))
+}

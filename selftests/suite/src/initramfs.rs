@@ -1,0 +1,217 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a machine boots into: busybox, the agent, modules of the kernel, and the files that a test adds.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{ensure, Context, Result};
+
+use crate::machine::{find_program, Env};
+use crate::Driver;
+
+/// Mounts what programs expect, loads the modules, and leaves the machine to the agent.
+const INIT: &str = r#"#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin:/usr/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mount -t tmpfs tmpfs /tmp
+mount -t debugfs debugfs /sys/kernel/debug
+for module in $(cat /modules/order); do
+    insmod /modules/$module || echo "init: loading $module failed" >/dev/kmsg
+done
+for port in /sys/class/virtio-ports/*; do
+    [ "$(cat $port/name)" = agent ] && vsock-guest-agent /dev/${port##*/}
+done
+poweroff -f
+"#;
+
+/// An initramfs that is being put together.
+pub struct Initramfs<'a> {
+    env: &'a Env,
+    /// Names in the image, and the files that they come from.
+    files: Vec<(String, PathBuf)>,
+    /// Modules that are loaded at boot, in this order.
+    modules: Vec<PathBuf>,
+}
+
+impl<'a> Initramfs<'a> {
+    /// One with the agent and what it needs.
+    pub fn new(env: &'a Env) -> Result<Self> {
+        let mut this = Self {
+            env,
+            files: Vec::new(),
+            modules: Vec::new(),
+        };
+        this.file("bin/busybox", &find_program("busybox")?)?;
+        this.file("bin/vsock-guest-agent", &env.agent)?;
+        this.modules(&["virtio_console"])?;
+        Ok(this)
+    }
+
+    /// Loads modules of the kernel at boot, and what they need before them.
+    pub fn modules(&mut self, names: &[&str]) -> Result<()> {
+        for name in names {
+            for path in self.with_dependencies(name)? {
+                if !self.modules.contains(&path) {
+                    self.modules.push(path);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A module and all that it needs, in the order in which they are loaded. One that is built in needs none.
+    fn with_dependencies(&self, name: &str) -> Result<Vec<PathBuf>> {
+        let file = format!("/{name}.ko");
+        let read = |index: &str| {
+            let path = self.env.modules.join(index);
+            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+        };
+        if read("modules.builtin")?.lines().any(|line| line.ends_with(&file)) {
+            return Ok(Vec::new());
+        }
+        let index = read("modules.dep")?;
+        let (module, needs) = index
+            .lines()
+            .filter_map(|line| line.split_once(':'))
+            .find(|(module, _)| module.trim_end_matches(".xz").ends_with(&file))
+            .with_context(|| format!("the kernel {} has no module {name}", self.env.release))?;
+        let paths = needs.split_whitespace().rev().chain([module]);
+        Ok(paths.map(|path| self.env.modules.join(path)).collect())
+    }
+
+    /// Loads a driver for the vsock device at boot.
+    pub fn driver(&mut self, driver: Driver) -> Result<()> {
+        match driver {
+            Driver::C => self.modules(&[driver.module()]),
+            Driver::Rs => {
+                self.modules(&["vsock"])?;
+                self.modules.push(self.env.rs_module.clone());
+                Ok(())
+            }
+        }
+    }
+
+    /// Puts a driver into `/extra`, with what it needs, without loading it.
+    pub fn extra_driver(&mut self, driver: Driver) -> Result<()> {
+        let paths = match driver {
+            Driver::C => self.with_dependencies(driver.module())?,
+            Driver::Rs => vec![self.env.rs_module.clone()],
+        };
+        for path in paths {
+            self.file(&format!("extra/{}", module_name(&path)?), &path)?;
+        }
+        Ok(())
+    }
+
+    /// Adds a file.
+    pub fn file(&mut self, name: &str, source: &Path) -> Result<()> {
+        ensure!(source.exists(), "{} is not there", source.display());
+        self.files
+            .push((name.trim_start_matches('/').to_owned(), source.to_owned()));
+        Ok(())
+    }
+
+    /// Writes the image.
+    pub fn write(&self, image: &Path) -> Result<()> {
+        let mut archive = Archive::default();
+        for folder in ["dev", "proc", "run", "sys", "tmp"] {
+            archive.folder(folder);
+        }
+        for (name, source) in &self.files {
+            archive.file(name, &read_decompressed(source)?, is_executable(source)?);
+        }
+        let mut order = String::new();
+        for path in &self.modules {
+            let name = module_name(path)?;
+            archive.file(&format!("modules/{name}"), &read_decompressed(path)?, false);
+            order += &name;
+            order.push('\n');
+        }
+        archive.file("modules/order", order.as_bytes(), false);
+        archive.file("init", INIT.as_bytes(), true);
+        fs::write(image, archive.end()).with_context(|| format!("writing {}", image.display()))
+    }
+}
+
+fn is_executable(path: &Path) -> Result<bool> {
+    let metadata = fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+    Ok(metadata.permissions().mode() & 0o100 != 0)
+}
+
+/// The file name of a module when it is not compressed.
+fn module_name(path: &Path) -> Result<String> {
+    let name = path.file_name().and_then(|name| name.to_str());
+    let name = name.with_context(|| format!("{} has no name", path.display()))?;
+    Ok(name.trim_end_matches(".xz").to_owned())
+}
+
+/// What is in a file; a compressed module is decompressed.
+fn read_decompressed(path: &Path) -> Result<Vec<u8>> {
+    if path.extension().is_some_and(|extension| extension == "xz") {
+        let output = Command::new("xz").arg("-dc").arg(path).output().context("running xz")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "xz -dc {}: {said}", path.display());
+        return Ok(output.stdout);
+    }
+    fs::read(path).with_context(|| format!("reading {}", path.display()))
+}
+
+/// A cpio archive in the format that the kernel reads (`newc`).
+#[derive(Default)]
+struct Archive {
+    bytes: Vec<u8>,
+    folders: BTreeSet<String>,
+    inode: u32,
+}
+
+impl Archive {
+    fn folder(&mut self, name: &str) {
+        if let Some((parent, _)) = name.rsplit_once('/') {
+            self.folder(parent);
+        }
+        if self.folders.insert(name.to_owned()) {
+            self.entry(name, 0o040_755, &[]);
+        }
+    }
+
+    fn file(&mut self, name: &str, content: &[u8], executable: bool) {
+        if let Some((parent, _)) = name.rsplit_once('/') {
+            self.folder(parent);
+        }
+        let mode = if executable { 0o100_755 } else { 0o100_644 };
+        self.entry(name, mode, content);
+    }
+
+    fn entry(&mut self, name: &str, mode: u32, content: &[u8]) {
+        self.inode += 1;
+        let links = 1;
+        let (size, name_size) = (content.len() as u32, name.len() as u32 + 1);
+        // inode, mode, uid, gid, links, mtime, size, device numbers, length of the name, checksum
+        let fields = [self.inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0];
+        self.bytes.extend(b"070701");
+        for field in fields {
+            self.bytes.extend(format!("{field:08x}").bytes());
+        }
+        self.bytes.extend(name.bytes());
+        self.bytes.push(0);
+        self.align();
+        self.bytes.extend(content);
+        self.align();
+    }
+
+    fn align(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    fn end(mut self) -> Vec<u8> {
+        self.entry("TRAILER!!!", 0, &[]);
+        self.bytes
+    }
+}

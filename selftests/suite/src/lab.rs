@@ -1,0 +1,445 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a test of the device tier works with: guests, their devices in this process, and a peer that the test plays itself.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{bail, ensure, Context, Result};
+use serde_json::json;
+use vsock_device::packet::{SHUTDOWN_RCV, SHUTDOWN_SEND, TYPE_STREAM};
+use vsock_device::{Device, DeviceConfig, Op, Packet, Switch, HOST_CID};
+
+use crate::agent::{sh_ok, CallError, Pending};
+use crate::initramfs::Initramfs;
+use crate::machine::{Env, Kind, Machine};
+use crate::Driver;
+
+/// How long anything may take that takes moments when nothing else runs.
+pub const LIMIT: Duration = Duration::from_secs(120);
+
+/// How long a test looks whether something happens that should not.
+pub const A_WHILE: Duration = Duration::from_millis(700);
+
+/// `VMADDR_CID_ANY`.
+pub const CID_ANY: u32 = u32::MAX;
+
+/// The CID of a test's first guest; the others follow.
+pub const GUEST_CID: u32 = 3;
+
+/// A port of no special meaning.
+pub const PORT: u32 = 1234;
+
+/// The receive buffer of a peer that a test plays, in bytes.
+const PEER_BUF_ALLOC: u32 = 256 * 1024;
+
+/// What one test gets.
+pub struct Lab<'a> {
+    pub env: &'a Env,
+    /// The driver under test.
+    pub driver: Driver,
+    dir: PathBuf,
+    switch: Arc<Switch>,
+    consoles: Mutex<Vec<PathBuf>>,
+}
+
+impl<'a> Lab<'a> {
+    pub fn new(env: &'a Env, driver: Driver, test: &str) -> Result<Self> {
+        Ok(Self {
+            env,
+            driver,
+            dir: env.run_dir(&test.replace("::", "."))?,
+            switch: Switch::new(),
+            consoles: Mutex::default(),
+        })
+    }
+
+    /// The consoles of the machines that were booted.
+    pub fn consoles(&self) -> Vec<PathBuf> {
+        crate::lock(&self.consoles).clone()
+    }
+
+    /// Boots a guest with the driver under test.
+    pub fn guest(&self) -> Result<Guest> {
+        self.guest_with(GUEST_CID, Some(self.driver), &[])
+    }
+
+    /// Boots a guest with a driver, or none; `extra` drivers are in `/extra`, not loaded.
+    pub fn guest_with(&self, cid: u32, driver: Option<Driver>, extra: &[Driver]) -> Result<Guest> {
+        let name = format!("guest{cid}");
+        let uds = self.dir.join(format!("{name}.uds"));
+        let socket = self.dir.join(format!("{name}.vhost"));
+        let mut config = DeviceConfig::new(&socket, u64::from(cid));
+        config.uds_path = Some(uds.clone());
+        let device = Device::start(config, self.switch.clone())?;
+        let mut initramfs = Initramfs::new(self.env)?;
+        if let Some(driver) = driver {
+            initramfs.driver(driver)?;
+        }
+        for driver in extra {
+            initramfs.extra_driver(*driver)?;
+        }
+        let image = self.dir.join(format!("{name}.cpio"));
+        initramfs.write(&image)?;
+        let machine = Machine::boot(self.env, Kind::Guest { device: &socket }, &name, &image, &self.dir, &[])?;
+        crate::lock(&self.consoles).push(machine.console.clone());
+        // It is large, and not needed any more.
+        let _ = std::fs::remove_file(image);
+        if driver.is_some() {
+            device.wait_ready(LIMIT)?;
+        }
+        Ok(Guest { machine, device, uds, cid })
+    }
+}
+
+/// A guest that runs, with its device.
+pub struct Guest {
+    pub machine: Machine,
+    pub device: Device,
+    /// The path of the host's Unix sockets for this guest.
+    pub uds: PathBuf,
+    pub cid: u32,
+}
+
+/// The result of a system call in a guest.
+pub type Call<T> = Result<T, CallError>;
+
+/// Kinds of sockets, as numbers.
+pub const STREAM: i32 = 1;
+pub const SEQPACKET: i32 = 5;
+
+impl Guest {
+    fn call<T: serde::de::DeserializeOwned>(&self, method: &str, params: serde_json::Value) -> Call<T> {
+        self.machine.agent.call(method, params, LIMIT)
+    }
+
+    pub fn start(&self, method: &str, params: serde_json::Value) -> Pending {
+        self.machine.agent.start(method, params)
+    }
+
+    pub fn sh(&self, script: &str) -> Result<String> {
+        sh_ok(&self.machine.agent, script, LIMIT)
+    }
+
+    pub fn socket(&self, kind: i32) -> Call<i32> {
+        self.call("socket", json!({"kind": kind}))
+    }
+
+    pub fn bind(&self, fd: i32, cid: u32, port: u32) -> Call<()> {
+        self.call("bind", json!({"fd": fd, "cid": cid, "port": port}))
+    }
+
+    pub fn listen(&self, fd: i32, backlog: i32) -> Call<()> {
+        self.call("listen", json!({"fd": fd, "number": backlog}))
+    }
+
+    /// A stream socket that listens at any CID.
+    pub fn listener(&self, port: u32) -> Call<i32> {
+        let fd = self.socket(STREAM)?;
+        self.bind(fd, CID_ANY, port)?;
+        self.listen(fd, 128)?;
+        Ok(fd)
+    }
+
+    pub fn accept(&self, fd: i32) -> Call<i32> {
+        self.call("accept", json!({"fd": fd}))
+    }
+
+    pub fn connect(&self, fd: i32, cid: u32, port: u32) -> Call<()> {
+        self.call("connect", json!({"fd": fd, "cid": cid, "port": port}))
+    }
+
+    pub fn start_connect(&self, fd: i32, cid: u32, port: u32) -> Pending {
+        self.start("connect", json!({"fd": fd, "cid": cid, "port": port}))
+    }
+
+    pub fn send(&self, fd: i32, text: &str) -> Call<usize> {
+        self.call("send", json!({"fd": fd, "text": text}))
+    }
+
+    pub fn send_flags(&self, fd: i32, text: &str, flags: i32) -> Call<usize> {
+        self.call("send", json!({"fd": fd, "text": text, "flags": flags}))
+    }
+
+    pub fn recv(&self, fd: i32, len: usize) -> Call<String> {
+        self.recv_flags(fd, len, 0)
+    }
+
+    pub fn recv_flags(&self, fd: i32, len: usize, flags: i32) -> Call<String> {
+        self.call("recv", json!({"fd": fd, "len": len, "flags": flags}))
+    }
+
+    /// Receives and says only how much.
+    pub fn recv_len(&self, fd: i32, len: usize) -> Call<usize> {
+        self.call("recv_len", json!({"fd": fd, "len": len}))
+    }
+
+    pub fn start_send_pattern(&self, fd: i32, seed: u64, len: u64) -> Pending {
+        self.start("send_pattern", json!({"fd": fd, "seed": seed, "len": len}))
+    }
+
+    pub fn start_recv_pattern(&self, fd: i32, seed: u64, len: u64) -> Pending {
+        self.start("recv_pattern", json!({"fd": fd, "seed": seed, "len": len}))
+    }
+
+    pub fn shutdown(&self, fd: i32, how: i32) -> Call<()> {
+        self.call("shutdown", json!({"fd": fd, "number": how}))
+    }
+
+    pub fn close(&self, fd: i32) -> Call<()> {
+        self.call("close", json!({"fd": fd}))
+    }
+
+    pub fn set_nonblocking(&self, fd: i32, on: bool) -> Call<()> {
+        self.call("set_nonblocking", json!({"fd": fd, "number": i32::from(on)}))
+    }
+
+    pub fn start_poll(&self, fd: i32, events: i16, limit: Duration) -> Pending {
+        let ms = limit.as_millis() as i32;
+        self.start("poll", json!({"fd": fd, "events": events, "timeout_ms": ms}))
+    }
+
+    /// What poll() says within a limit.
+    pub fn poll(&self, fd: i32, events: i16, limit: Duration) -> Call<i16> {
+        self.start_poll(fd, events, limit).wait(LIMIT + limit)
+    }
+
+    pub fn epoll(&self, fd: i32, events: i32) -> Call<i32> {
+        self.call("epoll", json!({"fd": fd, "events": events as u32, "timeout_ms": 0}))
+    }
+
+    /// The events of an epoll instance's descriptor within a limit, 0 for none.
+    pub fn epoll_wait(&self, epoll: i32, limit: Duration) -> Call<i32> {
+        let ms = limit.as_millis() as i32;
+        let params = json!({"fd": epoll, "events": 0, "timeout_ms": ms});
+        self.start("epoll_wait", params).wait(LIMIT + limit)
+    }
+
+    pub fn set_option(&self, fd: i32, level: i32, name: i32, value: &[u8]) -> Call<()> {
+        self.call("setsockopt", json!({"fd": fd, "level": level, "name": name, "value": value}))
+    }
+
+    pub fn option(&self, fd: i32, level: i32, name: i32, len: usize) -> Call<Vec<u8>> {
+        self.call("getsockopt", json!({"fd": fd, "level": level, "name": name, "len": len}))
+    }
+
+    pub fn siocinq(&self, fd: i32) -> Call<i32> {
+        self.call("siocinq", json!({"fd": fd}))
+    }
+
+    pub fn siocoutq(&self, fd: i32) -> Call<i32> {
+        self.call("siocoutq", json!({"fd": fd}))
+    }
+
+    pub fn local_cid(&self) -> Call<u32> {
+        self.call("local_cid", json!({}))
+    }
+
+    pub fn own_address(&self, fd: i32) -> Call<(u32, u32)> {
+        self.call("getsockname", json!({"fd": fd}))
+    }
+
+    pub fn peer_address(&self, fd: i32) -> Call<(u32, u32)> {
+        self.call("getpeername", json!({"fd": fd}))
+    }
+
+    /// Connects to a port of the guest as a program of the host does.
+    pub fn connect_from_host(&self, port: u32) -> Result<UnixStream> {
+        let mut stream = UnixStream::connect(&self.uds).context("connecting to the bridge")?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        stream.set_write_timeout(Some(LIMIT))?;
+        writeln!(stream, "CONNECT {port}")?;
+        let mut answer = Vec::new();
+        let mut byte = [0];
+        while stream.read(&mut byte).context("waiting for OK")? == 1 && byte[0] != b'\n' {
+            answer.push(byte[0]);
+        }
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        ensure!(answer.starts_with("OK "), "the answer to CONNECT {port} is {answer:?}");
+        Ok(stream)
+    }
+
+    /// Serves a port of the host to the guest.
+    pub fn host_listener(&self, port: u32) -> Result<UnixListener> {
+        let path = format!("{}_{port}", self.uds.display());
+        let _ = std::fs::remove_file(&path);
+        UnixListener::bind(&path).with_context(|| format!("listening on {path}"))
+    }
+
+    /// A counter of our driver.
+    pub fn counter(&self, name: &str) -> Result<i64> {
+        let text = self.sh("cat /sys/kernel/debug/virtio_vsock_rs/statistics")?;
+        let line = text.lines().filter_map(|line| line.split_once(' ')).find(|(counter, _)| *counter == name);
+        let (_, value) = line.with_context(|| format!("there is no counter {name} in {text:?}"))?;
+        Ok(value.parse()?)
+    }
+
+    /// Waits until a counter of our driver is at least `value`.
+    pub fn wait_counter(&self, name: &str, value: i64) -> Result<()> {
+        wait_for(&format!("the counter {name} to be {value}"), || Ok(self.counter(name)? >= value))
+    }
+}
+
+/// Waits until a condition holds that gives no event to wait for.
+pub fn wait_for(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
+    let end = std::time::Instant::now() + LIMIT;
+    while !holds()? {
+        ensure!(std::time::Instant::now() < end, "waited {} s for {what}", LIMIT.as_secs());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
+
+/// That a call failed with an error.
+pub fn expect_errno<T: std::fmt::Debug>(what: &str, result: Call<T>, errno: &str) -> Result<()> {
+    match result {
+        Err(CallError::Errno(name)) if name == errno => Ok(()),
+        other => bail!("{what}: {other:?} instead of {errno}"),
+    }
+}
+
+/// That two things are equal.
+pub fn expect_eq<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -> Result<()> {
+    ensure!(is == should, "{what}: {is:?} instead of {should:?}");
+    Ok(())
+}
+
+/// The host's end of one connection, played by the test packet by packet.
+pub struct Peer<'a> {
+    guest: &'a Guest,
+    packets: Receiver<Packet>,
+    /// A packet to the guest without anything but its addresses and credit.
+    template: Packet,
+}
+
+impl<'a> Peer<'a> {
+    /// Takes the host's place for one guest: its packets come to the test from now on.
+    fn new(guest: &'a Guest) -> Self {
+        let packets = guest.device.observe();
+        guest.device.set_manual(true);
+        Self {
+            guest,
+            packets,
+            template: Packet {
+                src_cid: HOST_CID,
+                dst_cid: u64::from(guest.cid),
+                src_port: 5000,
+                dst_port: PORT,
+                socket_type: TYPE_STREAM,
+                op: Op::RST,
+                flags: 0,
+                buf_alloc: PEER_BUF_ALLOC,
+                fwd_cnt: 0,
+                payload: Vec::new(),
+            },
+        }
+    }
+
+    /// Connects to a listener of the guest and waits for its response.
+    pub fn connect(guest: &'a Guest) -> Result<Self> {
+        let peer = Self::new(guest);
+        peer.send(Op::REQUEST);
+        peer.expect(Op::RESPONSE)?;
+        Ok(peer)
+    }
+
+    /// Answers the connection that the guest makes to [`PORT`] with a socket.
+    pub fn accept(guest: &'a Guest, fd: i32) -> Result<Self> {
+        let mut peer = Self::new(guest);
+        let connecting = guest.start_connect(fd, HOST_CID as u32, PORT);
+        let request = peer.expect(Op::REQUEST)?;
+        peer.template.src_port = PORT;
+        peer.template.dst_port = request.src_port;
+        peer.send(Op::RESPONSE);
+        connecting.wait::<()>(LIMIT).context("connect()")?;
+        Ok(peer)
+    }
+
+    /// Watches the guest without a connection.
+    pub fn watch(guest: &'a Guest) -> Self {
+        Self::new(guest)
+    }
+
+    /// A packet of this connection.
+    pub fn packet(&self, op: Op) -> Packet {
+        Packet {
+            op,
+            ..self.template.clone()
+        }
+    }
+
+    /// Sends a control packet.
+    pub fn send(&self, op: Op) {
+        self.guest.device.inject(self.packet(op));
+    }
+
+    /// Sends payload.
+    pub fn send_payload(&self, payload: &[u8]) {
+        self.guest.device.inject(Packet {
+            payload: payload.to_vec(),
+            ..self.packet(Op::RW)
+        });
+    }
+
+    /// Shuts directions down.
+    pub fn send_shutdown(&self, flags: u32) {
+        self.guest.device.inject(Packet {
+            flags,
+            ..self.packet(Op::SHUTDOWN)
+        });
+    }
+
+    /// Changes the credit of the packets from now on.
+    pub fn set_credit(&mut self, buf_alloc: u32, fwd_cnt: u32) {
+        self.template.buf_alloc = buf_alloc;
+        self.template.fwd_cnt = fwd_cnt;
+    }
+
+    /// The next packet of the guest.
+    pub fn next(&self, what: &str) -> Result<Packet> {
+        self.packets
+            .recv_timeout(LIMIT)
+            .map_err(|_| anyhow::anyhow!("waited {} s for {what}", LIMIT.as_secs()))
+    }
+
+    /// The next packet of the guest, which has to be of one kind.
+    pub fn expect(&self, op: Op) -> Result<Packet> {
+        let packet = self.next(&format!("a packet with {op:?}"))?;
+        ensure!(packet.op == op, "the guest sent {packet:?} instead of {op:?}");
+        Ok(packet)
+    }
+
+    /// The next packet of one kind; others before it are passed over.
+    pub fn find(&self, op: Op) -> Result<Packet> {
+        loop {
+            let packet = self.next(&format!("a packet with {op:?}"))?;
+            if packet.op == op {
+                return Ok(packet);
+            }
+        }
+    }
+
+    /// That the guest sends nothing for a while.
+    pub fn expect_silence(&self) -> Result<()> {
+        match self.packets.recv_timeout(A_WHILE) {
+            Ok(packet) => bail!("the guest sent {packet:?} instead of nothing"),
+            Err(_) => Ok(()),
+        }
+    }
+
+    /// All packets that the guest has sent and nobody has looked at.
+    pub fn drain(&self) -> Vec<Packet> {
+        self.packets.try_iter().collect()
+    }
+
+    /// Ends the connection as a peer does that closes its socket, for which the guest has to send RST.
+    pub fn close(&self) -> Result<()> {
+        self.send_shutdown(SHUTDOWN_RCV | SHUTDOWN_SEND);
+        self.find(Op::RST)?;
+        Ok(())
+    }
+}

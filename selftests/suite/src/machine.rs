@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Machines: QEMU around them, and what their kernel says.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+
+use crate::agent::Agent;
+use crate::Driver;
+
+/// How long a machine may take to boot. It takes seconds when nothing else runs.
+pub const BOOT_LIMIT: Duration = Duration::from_secs(300);
+
+/// What the machines are made of, and where their files go.
+#[derive(Clone, Debug)]
+pub struct Env {
+    /// The kernel's release.
+    pub release: String,
+    /// Its image.
+    pub vmlinuz: PathBuf,
+    /// The folder with its modules and their `modules.dep`.
+    pub modules: PathBuf,
+    /// Upstream's test programs.
+    pub upstream: PathBuf,
+    /// Our module.
+    pub rs_module: PathBuf,
+    /// The agent for the machines.
+    pub agent: PathBuf,
+    /// Where each test gets a folder.
+    pub run: PathBuf,
+    /// QEMU's accelerator.
+    pub accelerator: String,
+}
+
+impl Env {
+    /// A new folder for the files of a test.
+    pub fn run_dir(&self, name: &str) -> Result<PathBuf> {
+        let dir = self.run.join(name);
+        let _ = fs::remove_dir_all(&dir);
+        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
+        Ok(dir)
+    }
+}
+
+impl Driver {
+    /// The name of the driver's module.
+    pub fn module(self) -> &'static str {
+        match self {
+            Driver::Rs => "virtio_vsock_rs",
+            Driver::C => "vmw_vsock_virtio_transport",
+        }
+    }
+}
+
+/// Lines of a kernel's log that say that it found something wrong.
+pub fn faults(log: &str) -> Vec<String> {
+    const WORDS: &[&str] = &[
+        "BUG",
+        "WARNING",
+        "Oops",
+        "refcount",
+        "unregister",
+        "Call Trace",
+        "general protection",
+        "UBSAN",
+        "Kernel panic",
+    ];
+    log.lines()
+        .filter(|line| WORDS.iter().any(|word| line.contains(word)))
+        // The kernel repeats its command line, which may have such a word.
+        .filter(|line| !line.to_lowercase().contains("command line"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// Fails where a machine's kernel has found something wrong.
+pub fn check_log(what: &str, log: &str) -> Result<()> {
+    let faults = faults(log);
+    if !faults.is_empty() {
+        bail!("the kernel of {what} says:\n{}", faults.join("\n"));
+    }
+    Ok(())
+}
+
+/// Finds a program as a shell would.
+pub fn find_program(name: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").context("there is no PATH")?;
+    std::env::split_paths(&path)
+        .map(|folder| folder.join(name))
+        .find(|path| path.exists())
+        .with_context(|| format!("the program {name} is not installed"))
+}
+
+/// A virtio port of a machine besides its agent's.
+pub enum Port {
+    /// A Unix socket here.
+    Socket(String),
+    /// What the machine writes goes to a file here.
+    File(String),
+}
+
+/// What kind of a machine it is.
+pub enum Kind<'a> {
+    /// A guest whose vsock device is served on this vhost-user socket.
+    Guest { device: &'a Path },
+    /// A machine that can run guests of its own.
+    NestedHost,
+}
+
+/// A machine that runs. Dropping it switches it off.
+pub struct Machine {
+    qemu: Child,
+    pub agent: Agent,
+    pub console: PathBuf,
+    dir: PathBuf,
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        let _ = self.qemu.kill();
+        let _ = self.qemu.wait();
+    }
+}
+
+impl Machine {
+    /// Boots a machine and waits for its agent. `name` names its files in `dir`.
+    pub fn boot(
+        env: &Env,
+        kind: Kind,
+        name: &str,
+        initramfs: &Path,
+        dir: &Path,
+        ports: &[Port],
+    ) -> Result<Self> {
+        let console = dir.join(format!("{name}.console"));
+        let agent_port = Port::Socket(format!("{name}.{}", Agent::PORT_NAME));
+        let mut qemu = Command::new("qemu-system-x86_64");
+        add_kind(&mut qemu, env, &kind);
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        qemu.arg("-kernel").arg(&env.vmlinuz).arg("-initrd").arg(initramfs);
+        qemu.args(["-append", "console=ttyS0 panic=-1"]);
+        qemu.arg("-serial").arg(format!("file:{}", console.display()));
+        qemu.args(["-device", "virtio-serial-pci"]);
+        add_port(&mut qemu, dir, 1, &agent_port, Some(Agent::PORT_NAME));
+        for (port, number) in ports.iter().zip(2..) {
+            add_port(&mut qemu, dir, number, port, None);
+        }
+        let said = dir.join(format!("{name}.qemu"));
+        let log = fs::File::create(&said).with_context(|| format!("making {}", said.display()))?;
+        qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        let mut qemu = qemu.spawn().context("starting qemu-system-x86_64")?;
+        let socket = dir.join(format!("{name}.{}.sock", Agent::PORT_NAME));
+        match Agent::connect(&socket, BOOT_LIMIT).and_then(|agent| agent.wait_ready(BOOT_LIMIT)) {
+            Ok(agent) => Ok(Self {
+                qemu,
+                agent,
+                console,
+                dir: dir.to_owned(),
+            }),
+            Err(error) => {
+                let _ = qemu.kill();
+                let _ = qemu.wait();
+                let said = fs::read_to_string(said).unwrap_or_default();
+                let console = console.display();
+                Err(error.context(format!("booting {name}; QEMU says {said:?}; its console is {console}")))
+            }
+        }
+    }
+
+    /// The socket of a port.
+    pub fn port_socket(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("{name}.sock"))
+    }
+
+    /// The file of a port.
+    pub fn port_file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// What the machine's kernel has said so far.
+    pub fn log(&self) -> String {
+        fs::read(&self.console).map_or_else(
+            |_| String::new(),
+            |bytes| String::from_utf8_lossy(&bytes).into_owned(),
+        )
+    }
+
+    /// Waits until the machine has switched itself off.
+    pub fn wait_off(&mut self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        while self.qemu.try_wait().context("waiting for QEMU")?.is_none() {
+            let waited = limit.as_secs();
+            ensure!(Instant::now() < end, "waited {waited} s for the machine to switch itself off");
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+}
+
+fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
+    match kind {
+        Kind::Guest { device } => {
+            qemu.args(["-accel", &env.accelerator, "-cpu", "max", "-smp", "2", "-m", "512"]);
+            qemu.args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on"]);
+            qemu.args(["-machine", "memory-backend=memory"]);
+            qemu.arg("-chardev").arg(format!("socket,id=vsock,path={}", device.display()));
+            qemu.args([
+                "-device",
+                "vhost-user-test-device-pci,virtio-id=19,num_vqs=3,vq_size=128,config_size=8,chardev=vsock",
+            ]);
+        }
+        Kind::NestedHost => {
+            qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt", "-smp", "2", "-m", "4096"]);
+        }
+    }
+}
+
+/// Adds a port under its own name or another one.
+fn add_port(qemu: &mut Command, dir: &Path, number: u32, port: &Port, name: Option<&str>) {
+    let (backend, own_name) = match port {
+        Port::Socket(own) => {
+            let path = dir.join(format!("{own}.sock"));
+            (format!("socket,server=on,wait=off,path={}", path.display()), own)
+        }
+        Port::File(own) => (format!("file,path={}", dir.join(own).display()), own),
+    };
+    let name = name.unwrap_or(own_name);
+    qemu.arg("-chardev").arg(format!("{backend},id=port{number}"));
+    qemu.arg("-device")
+        .arg(format!("virtserialport,nr={number},chardev=port{number},name={name}"));
+}

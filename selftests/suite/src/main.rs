@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! vsock-selftest: boots machines with the driver and tests it as a user would.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`machine`] | a machine under QEMU |
+//! | [`initramfs`] | what a machine boots into |
+//! | [`agent`] | system calls in a machine |
+//! | [`lab`] | what a test of the device tier works with |
+//! | [`tests`] | the tests of the device tier: guests and a device in this process |
+//! | [`host_tier`] | upstream's tests against the kernel's vhost-vsock, on a nested host |
+//! | [`runner`] | runs tests side by side and reports |
+//! | [`demo`] | the main job, shown |
+
+mod agent;
+mod demo;
+mod host_tier;
+mod initramfs;
+mod lab;
+mod machine;
+mod runner;
+mod tests;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+use anyhow::{ensure, Context, Result};
+use clap::{Parser, Subcommand, ValueEnum};
+
+use machine::Env;
+use runner::{Reporter, Test};
+
+/// Locks a mutex. What it guards stays consistent when a thread panics, so poison does not matter.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+/// A driver of the socket device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Driver {
+    /// virtio_vsock_rs
+    Rs,
+    /// vmw_vsock_virtio_transport, the kernel's
+    C,
+}
+
+/// Boots machines with the driver and tests it as a user would.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    /// The folder that set-up has filled
+    #[arg(long, env = "VSOCK_CACHE")]
+    cache: PathBuf,
+    /// The release of the kernel; default: the only one in the cache
+    #[arg(long, env = "KERNEL")]
+    kernel: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Names all tests
+    List,
+    /// Runs tests
+    Run {
+        /// Run tests whose name has one of these in it; default: all
+        filters: Vec<String>,
+        /// How many tests of the device tier to run side by side
+        #[arg(long, default_value_t = 2)]
+        jobs: usize,
+        /// The driver under test
+        #[arg(long, value_enum, default_value_t = Driver::Rs)]
+        driver: Driver,
+        /// How many times to run each test
+        #[arg(long, default_value_t = 1)]
+        repeat: u32,
+    },
+    /// Shows the driver at work
+    Demo,
+    /// Compares the throughput of this driver with that of the C driver
+    Bench {
+        /// How many times to measure each
+        #[arg(long, default_value_t = 3)]
+        runs: u32,
+    },
+}
+
+impl Arguments {
+    fn env(&self) -> Result<Env> {
+        let kernels = self.cache.join("kernel");
+        let release = match &self.kernel {
+            Some(release) if !release.is_empty() => release.clone(),
+            _ => only_entry(&kernels)?,
+        };
+        let kernel = kernels.join(&release);
+        ensure!(kernel.join("vmlinuz").exists(), "{} has no kernel; run make kernel-tree", kernel.display());
+        let programs = std::env::current_exe()?;
+        let programs = programs.parent().context("this program is in no folder")?;
+        // The short path of a socket is limited to 107 bytes, so the folders of tests are near the top.
+        let run = self.cache.join("run").join(std::process::id().to_string());
+        Ok(Env {
+            vmlinuz: kernel.join("vmlinuz"),
+            modules: kernel.join("lib/modules").join(&release),
+            upstream: kernel.join("upstream"),
+            rs_module: kernel.join("module/virtio_vsock_rs.ko"),
+            agent: programs.join("vsock-guest-agent"),
+            run,
+            accelerator: match std::env::var("VSOCK_ACCEL").as_deref() {
+                Ok("kvm") => "kvm".to_owned(),
+                _ => "tcg,thread=multi".to_owned(),
+            },
+            release,
+        })
+    }
+}
+
+fn only_entry(folder: &std::path::Path) -> Result<String> {
+    let entries = std::fs::read_dir(folder)
+        .with_context(|| format!("looking for kernels in {}", folder.display()))?
+        .collect::<std::io::Result<Vec<_>>>()?;
+    ensure!(entries.len() == 1, "there are {} kernels in {}; say which with --kernel", entries.len(), folder.display());
+    Ok(entries[0].file_name().to_string_lossy().into_owned())
+}
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    let env = arguments.env()?;
+    let succeeded = match arguments.command {
+        Command::List => {
+            for test in tests::ALL {
+                println!("{}", test.name);
+            }
+            for name in host_tier::list(&env)? {
+                println!("{name}");
+            }
+            true
+        }
+        Command::Run {
+            filters,
+            jobs,
+            driver,
+            repeat,
+        } => run(&env, &filters, jobs, driver, repeat)?,
+        Command::Demo => demo::run(&env)?,
+        Command::Bench { runs } => {
+            let table = host_tier::bench(&env, runs, &mut |progress| eprintln!("{progress:?}"))?;
+            println!("{table}");
+            true
+        }
+    };
+    if succeeded {
+        // What is of use is in the tests' output; after a failure the folders stay.
+        let _ = std::fs::remove_dir_all(&env.run);
+    }
+    Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Runs the tests that match; returns whether all passed.
+fn run(env: &Env, filters: &[String], jobs: usize, driver: Driver, repeat: u32) -> Result<bool> {
+    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let reporter = Reporter::new(driver);
+    let selected: Vec<&Test> = tests::ALL.iter().filter(|test| wanted(test.name)).collect();
+    for _ in 0..repeat {
+        runner::run(env, driver, &selected, jobs, &reporter);
+    }
+    if host_tier::list(env)?.iter().any(|name| wanted(name)) {
+        run_host_tier(env, &wanted, driver, repeat, &reporter);
+    }
+    let tally = reporter.tally();
+    println!("{tally}");
+    Ok(tally.failed == 0)
+}
+
+fn run_host_tier(env: &Env, wanted: &dyn Fn(&str) -> bool, driver: Driver, repeat: u32, reporter: &Reporter) {
+    let options = host_tier::Options {
+        driver,
+        wanted,
+        repeat,
+    };
+    let begun = Instant::now();
+    let result = host_tier::run(env, &options, &mut |name, outcome| match outcome {
+        host_tier::Outcome::Passed => reporter.passed(name, begun),
+        host_tier::Outcome::Failed(why) => reporter.failed(name, begun, &why),
+    });
+    if let Err(error) = result {
+        reporter.failed("host_tier", begun, &format!("{error:#}"));
+    }
+}

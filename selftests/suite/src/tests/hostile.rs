@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A device that breaks the rules. The guest drops what makes no sense and counts it, and everything else goes on.
+
+use anyhow::{ensure, Result};
+use serde_json::json;
+use vsock_device::device::Queue;
+use vsock_device::{Op, HOST_CID};
+
+use crate::lab::{expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM};
+use crate::agent::sh;
+
+/// That the guest still serves.
+fn expect_alive(guest: &Guest, listener: i32) -> Result<()> {
+    guest.device.set_manual(false);
+    let _stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    guest.close(fd)?;
+    Ok(())
+}
+
+/// Packets shorter than a header, headers that lie about the length, used lengths that lie.
+pub fn malformed_packets(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    let fd = guest.accept(listener)?;
+    let mut data = peer.packet(Op::RW);
+    data.payload = b"data".to_vec();
+    for len in [0, 1, 43] {
+        guest.device.inject_raw(data.to_bytes()[..len].to_vec(), None);
+    }
+    guest.device.inject_raw(data.to_bytes_with_len(5), None);
+    guest.device.inject_raw(data.to_bytes_with_len(u32::MAX), None);
+    // The used length leaves out what the header promises.
+    guest.device.inject_raw(data.to_bytes(), Some(47));
+    guest.wait_counter("dropped_short", 6)?;
+    guest.device.inject_raw(data.to_bytes(), Some(u32::MAX));
+    guest.device.inject_raw(data.to_bytes(), Some(5000));
+    guest.wait_counter("dropped_long", 2)?;
+    // A payload shorter than what was used is no error: the rest is not looked at.
+    guest.device.inject_raw(data.to_bytes_with_len(3), None);
+    expect_eq("recv()", guest.recv(fd, 99)?, "dat".to_owned())?;
+    // Payload of no length is no end of the stream.
+    peer.send_payload(b"");
+    peer.send_payload(b"more");
+    expect_eq("recv()", guest.recv(fd, 99)?, "more".to_owned())?;
+    expect_alive(&guest, listener)
+}
+
+/// Types and operations that nobody knows, and packets for connections that do not exist.
+pub fn unknown_packets(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    let fd = guest.accept(listener)?;
+
+    let mut packet = peer.packet(Op::RW);
+    packet.socket_type = 77;
+    guest.device.inject(packet.clone());
+    let rst = peer.expect(Op::RST)?;
+    expect_eq("the type of the answer", rst.socket_type, 77)?;
+    packet.op = Op::RST;
+    guest.device.inject(packet);
+
+    guest.device.inject(peer.packet(Op(99)));
+    guest.device.inject(peer.packet(Op(0)));
+    guest.device.inject(peer.packet(Op::RESPONSE));
+    guest.wait_counter("dropped_state", 3)?;
+
+    let mut stranger = peer.packet(Op::RW);
+    stranger.dst_port = 4711;
+    guest.device.inject(stranger.clone());
+    let rst = peer.expect(Op::RST)?;
+    expect_eq("who answers", (rst.src_port, rst.dst_port), (4711, stranger.src_port))?;
+    stranger.op = Op::RST;
+    guest.device.inject(stranger);
+    peer.expect_silence()?;
+
+    // A listener takes requests and nothing else.
+    let mut no_request = peer.packet(Op::CREDIT_UPDATE);
+    no_request.src_port = 9999;
+    guest.device.inject(no_request);
+    peer.expect(Op::RST)?;
+
+    peer.send_payload(b"unharmed");
+    expect_eq("recv()", guest.recv(fd, 99)?, "unharmed".to_owned())?;
+
+    // A request for a connection that exists: the peer has forgotten it, and both get to know.
+    peer.send(Op::REQUEST);
+    peer.expect(Op::RST)?;
+    expect_errno("recv()", guest.recv(fd, 1), "ECONNRESET")?;
+    expect_alive(&guest, listener)
+}
+
+/// Packets from CIDs that nobody has, or for somebody else.
+pub fn wrong_cids(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    let fd = guest.accept(listener)?;
+    let mut data = peer.packet(Op::RW);
+    data.payload = b"stray".to_vec();
+    let sources = [0, 1, u64::from(u32::MAX), 1 << 32 | HOST_CID, u64::MAX, u64::from(GUEST_CID)];
+    let destinations = [0, 1, HOST_CID, u64::from(GUEST_CID) + 1, 1 << 32 | u64::from(GUEST_CID), u64::MAX];
+    for source in sources {
+        let mut stray = data.clone();
+        stray.src_cid = source;
+        guest.device.inject(stray);
+    }
+    for destination in destinations {
+        let mut stray = data.clone();
+        stray.dst_cid = destination;
+        guest.device.inject(stray);
+    }
+    guest.wait_counter("dropped_cid", (sources.len() + destinations.len()) as i64)?;
+    peer.expect_silence()?;
+    expect_eq("SIOCINQ", guest.siocinq(fd)?, 0)?;
+    expect_alive(&guest, listener)
+}
+
+/// Buffers used that the device was never given: the queue is dead, calls fail, and the device can be unbound.
+pub fn forged_completions(lab: &Lab) -> Result<()> {
+    for queue in [Queue::Rx, Queue::Tx, Queue::Event] {
+        let guest = lab.guest()?;
+        let listener = guest.listener(PORT)?;
+        let _stream = guest.connect_from_host(PORT)?;
+        let fd = guest.accept(listener)?;
+        guest.device.forge_completion(queue, 9999, 1);
+        guest.device.forge_completion(queue, 127, 1);
+        guest.device.wait_delivered(LIMIT)?;
+        wait_for("the kernel's log to tell of it", || {
+            // Virtio looks when it looks at the queue: for tx that is the next packet.
+            let _ = guest.send_flags(fd, "x", libc::MSG_DONTWAIT);
+            Ok(guest.machine.log().contains("id 9999 out of range"))
+        })?;
+        let unbind = "cd /sys/bus/virtio/drivers/*vsock*/ && for d in virtio*; do echo $d >unbind; done";
+        guest.sh(unbind)?;
+        expect_errno("recv() without the device", guest.recv(fd, 1), "ECONNRESET")?;
+        guest.close(fd)?;
+    }
+    Ok(())
+}
+
+/// Events of unknown kinds and lengths.
+pub fn bad_events(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let _stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    let bad: [&[u8]; 5] = [&[], &[0], &[0, 0, 0], &[7, 0, 0, 0], &[255, 255, 255, 255]];
+    // More than there are buffers, so that each has to come back.
+    for _ in 0..4 {
+        for event in bad {
+            guest.device.send_event(event.to_vec());
+        }
+    }
+    guest.wait_counter("unknown_events", 4 * bad.len() as i64)?;
+    expect_eq("send() on the connection", guest.send(fd, "x")?, 1)?;
+    // CIDs that a guest cannot have: the guest is without one until it gets another.
+    for cid in [0, 1, HOST_CID, u64::from(u32::MAX), 1 << 40] {
+        guest.device.transport_reset(cid);
+        wait_for("the guest to have no CID", || Ok(guest.local_cid()? == u32::MAX))?;
+    }
+    guest.device.transport_reset(77);
+    wait_for("the guest to have its CID", || Ok(guest.local_cid()? == 77))?;
+    expect_errno("recv() on the connection", guest.recv(fd, 1), "ECONNRESET")?;
+    expect_alive(&guest, listener)
+}
+
+/// The device takes no packets: writers block, close() does not, nothing piles up, and it can be unbound.
+pub fn tx_not_consumed(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let mut peer = Peer::connect(&guest)?;
+    let fd = guest.accept(listener)?;
+    guest.device.hold_tx(true);
+    peer.set_credit(1 << 30, 0);
+    peer.send(Op::CREDIT_UPDATE);
+    let writing = guest.start_send_pattern(fd, 1, 64 << 20);
+    // The peer claims to have got everything, again and again.
+    for claim in 1..=50 {
+        peer.set_credit(1 << 30, claim * 100_000);
+        peer.send(Op::CREDIT_UPDATE);
+    }
+    writing.expect_blocked(A_WHILE)?;
+    let unsent = guest.siocoutq(fd)?;
+    ensure!(unsent <= 256 * 1024, "{unsent} bytes wait for the device, more than the socket's buffer");
+    let second = guest.socket(STREAM)?;
+    expect_errno("connect()", guest.connect(second, HOST_CID as u32, PORT), "ETIMEDOUT")?;
+    guest.close(second)?;
+    let unbind = "cd /sys/bus/virtio/drivers/*vsock*/ && for d in virtio*; do echo $d >unbind; done";
+    guest.sh(unbind)?;
+    expect_errno("the blocked send()", writing.wait::<u64>(LIMIT), "ECONNRESET")?;
+    guest.close(fd)?;
+    Ok(())
+}
+
+/// Thousands of packets that want an answer, none of which is taken: the guest stops receiving and goes on later.
+pub fn reply_flood(lab: &Lab) -> Result<()> {
+    const FLOOD: u32 = 3000;
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    let fd = guest.accept(listener)?;
+    guest.device.hold_tx(true);
+    for at in 0..FLOOD {
+        let mut packet = peer.packet(if at % 2 == 0 { Op::CREDIT_REQUEST } else { Op::RW });
+        if at % 2 == 1 {
+            // Nobody has this port, so RST is due.
+            packet.dst_port = 50_000 + at;
+        }
+        guest.device.inject(packet);
+    }
+    peer.send_payload(b"after the flood");
+    wait_for("the guest to stop receiving", || {
+        Ok(guest.device.posted_buffers().0 == 0 || guest.counter("rx_packets")? < i64::from(FLOOD))
+    })?;
+    let waiting = guest.counter("tx_waited")?;
+    ensure!(waiting < 1000, "{waiting} answers wait in the guest");
+    guest.device.hold_tx(false);
+    expect_eq("recv()", guest.recv(fd, 99)?, "after the flood".to_owned())?;
+    guest.device.set_manual(false);
+    let listening = sh(&guest.machine.agent, "true", LIMIT)?;
+    expect_eq("the shell", listening.status, 0)?;
+    let more = guest.start("recv", json!({"fd": fd, "len": 1}));
+    peer.send_payload(b"!");
+    expect_eq("recv()", more.wait::<String>(LIMIT)?, "!".to_owned())?;
+    expect_alive(&guest, listener)
+}
