@@ -11,7 +11,10 @@ mod af_vsock_glue;
 mod driver;
 mod protocol;
 
-use af_vsock_glue::{transport, virtio, workqueue::OwnedQueue};
+use af_vsock_glue::{
+    transport, virtio,
+    workqueue::{Drained, OwnedQueue},
+};
 use driver::{
     statistics::{DebugFs, Statistics},
     VsockDriver,
@@ -27,8 +30,8 @@ module! {
     alias: ["virtio:d00000013v*"],
 }
 
-/// The module. Its fields are dropped in this order: the device goes first, and the workqueue last, when
-/// nothing is left that could queue work.
+/// The module. Its fields are dropped in this order: the device goes first, then the transport, of which no
+/// socket is left, and when nothing can queue work any more the rest of it is waited for.
 #[pin_data]
 struct VsockModule {
     #[pin]
@@ -37,7 +40,7 @@ struct VsockModule {
     _transport: transport::Registration<VsockDriver>,
     #[pin]
     _debugfs: DebugFs,
-    _workqueue: Arc<OwnedQueue>,
+    _work: Drained,
 }
 
 impl kernel::InPlaceModule for VsockModule {
@@ -47,14 +50,15 @@ impl kernel::InPlaceModule for VsockModule {
             let workqueue = Arc::new(OwnedQueue::new(c"virtio_vsock_rs")?, GFP_KERNEL)?;
             let driver = VsockDriver::new(workqueue.clone(), statistics.clone())?;
             Ok(try_pin_init!(Self {
+                _work: Drained::new(workqueue),
                 _debugfs <- DebugFs::new(statistics),
-                _transport <- transport::Registration::new(module, driver.clone()),
+                // First, because nothing may fail once sockets can be given to the transport.
                 _device_driver <- virtio::Registration::new(
                     c"virtio_vsock_rs",
                     module,
-                    driver,
+                    driver.clone(),
                 ),
-                _workqueue: workqueue,
+                _transport <- transport::Registration::new(module, driver),
             }))
         })
     }

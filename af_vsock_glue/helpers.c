@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
+#include <linux/net.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
 
@@ -254,6 +255,11 @@ int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb)
 struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name)
 {
 	return alloc_workqueue("%s", WQ_PERCPU, 0, name);
+}
+
+bool vsock_glue_ratelimit(void)
+{
+	return net_ratelimit();
 }
 
 void vsock_glue_cond_resched(void)

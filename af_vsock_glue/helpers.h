@@ -68,5 +68,6 @@ int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb);
 /* workqueue */
 struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name);
 void vsock_glue_cond_resched(void);
+bool vsock_glue_ratelimit(void);
 
 #endif /* _AF_VSOCK_GLUE_HELPERS_H */

@@ -44,6 +44,23 @@ impl MessageSource {
         unsafe { iter_count(&raw mut (*self.0.get()).msg_iter) }
     }
 
+    /// Where the message is, to come back to.
+    pub(crate) fn position(&self) -> Position {
+        Position {
+            message: self.0.get(),
+            remaining: self.remaining(),
+        }
+    }
+
+    /// Goes back to where the message was. A position of another message is ignored.
+    pub(crate) fn rewind(&mut self, position: Position) {
+        let advanced = position.remaining.saturating_sub(self.remaining());
+        if position.message == self.0.get() && advanced > 0 {
+            // SAFETY: The iterator was advanced by so much since, so it can go back by that.
+            unsafe { bindings::iov_iter_revert(self.iter(), advanced) };
+        }
+    }
+
     fn has_flag(&self, flag: u32) -> bool {
         // SAFETY: By the type invariant.
         unsafe { (*self.0.get()).msg_flags & flag != 0 }
@@ -91,6 +108,13 @@ impl MessageSource {
             is_used: false,
         }))
     }
+}
+
+/// A place in a [`MessageSource`].
+#[derive(Clone, Copy)]
+pub(crate) struct Position {
+    message: *mut bindings::msghdr,
+    remaining: usize,
 }
 
 /// The completion of a send with `MSG_ZEROCOPY`. Each packet of the send holds it, too, until its pages are

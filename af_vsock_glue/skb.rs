@@ -168,11 +168,10 @@ impl<C> SkBuff<C> {
         message: &mut MessageSource,
         fill: impl FnOnce(*mut bindings::sk_buff, &mut MessageSource) -> c_int,
     ) -> Result {
-        let before = message.remaining();
+        let before = message.position();
         let filled = to_result(fill(self.as_raw(), message));
         if filled.is_err() {
-            // SAFETY: It was advanced by the difference, so it can go back by that.
-            unsafe { bindings::iov_iter_revert(message.iter(), before - message.remaining()) };
+            message.rewind(before);
         }
         filled
     }

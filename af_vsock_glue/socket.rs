@@ -108,6 +108,9 @@ impl Directions {
     }
 }
 
+/// How many sockets [`Socket::some_connected`] returns at the most.
+pub(crate) const BATCH: usize = 64;
+
 /// An AF_VSOCK socket, `struct vsock_sock`.
 ///
 /// # Invariants
@@ -193,53 +196,35 @@ impl Socket {
         }
     }
 
-    /// References to all sockets in the table of connected ones that belong to transport `T`. May sleep.
-    pub(crate) fn all_connected<T: Transport>() -> Result<KVec<ARef<Self>>> {
-        let mut found = KVec::new();
-        loop {
-            let missing = Self::collect_connected::<T>(&mut found);
-            if missing == 0 {
-                return Ok(found);
-            }
-            // The table may grow until it is looked at again; a little more room makes that rare.
-            let room = missing + missing / 8;
-            found.clear();
-            found.reserve(room, GFP_KERNEL)?;
-        }
-    }
-
-    /// Appends references to `found` as long as it has room; returns how much room it would have to have,
-    /// 0 where it was enough.
-    fn collect_connected<T: Transport>(found: &mut KVec<ARef<Self>>) -> usize {
-        let mut count = 0;
-        // SAFETY: The table's lock protects the lists, and their sockets from going away.
+    /// References to some sockets in the table of connected ones that belong to transport `T`: to all, where
+    /// there are at most [`BATCH`].
+    pub(crate) fn some_connected<T: Transport>() -> [Option<ARef<Self>>; BATCH] {
+        let mut found = [const { None }; BATCH];
+        let mut room = found.iter_mut();
+        // SAFETY: The table's lock protects the lists, and their sockets from going away. A socket's transport
+        // may change meanwhile; the caller looks again under the socket's lock.
         unsafe {
             bindings::vsock_glue_table_lock();
             let table = &raw mut bindings::vsock_connected_table;
-            for bucket in 0..(*table).len() {
+            'table: for bucket in 0..(*table).len() {
                 let head = (&raw mut (*table)[bucket]).cast::<bindings::list_head>();
                 let mut at = (*head).next;
                 while !ptr::eq(at, head) {
                     let vsk = at
                         .byte_sub(offset_of!(bindings::vsock_sock, connected_table))
                         .cast::<bindings::vsock_sock>();
-                    if transport::is_ours::<T>((*vsk).transport) {
-                        count += 1;
-                        // A full vector is not an error here, the count tells of it.
-                        if found.len() < found.capacity() {
-                            let _ = found.push_within_capacity(Self::from_raw(vsk).into());
-                        }
+                    if transport::is_ours::<T>(ptr::read_volatile(&raw const (*vsk).transport)) {
+                        let Some(place) = room.next() else {
+                            break 'table;
+                        };
+                        *place = Some(Self::from_raw(vsk).into());
                     }
                     at = (*at).next;
                 }
             }
             bindings::vsock_glue_table_unlock();
         }
-        if found.len() == count {
-            0
-        } else {
-            count
-        }
+        found
     }
 
     /// Takes the socket's lock. Sleeps; not for callbacks that the core makes with the lock held.
@@ -566,7 +551,8 @@ impl<'a> LockedSocket<'a> {
         let vsk = self.as_raw();
         self.socket.inc_ref();
         // SAFETY: The lock is held. The work owns the reference that was taken, until it has run or is
-        // cancelled; no such work is scheduled yet, because sockets are closed once.
+        // cancelled. No such work is scheduled yet: a socket that is connected or disconnecting is released
+        // once, by the last close(), because connect() gives no such socket to another transport.
         unsafe {
             bindings::vsock_glue_init_close_work(vsk, Some(close_timeout::<T>));
             (*vsk).close_work_scheduled = true;

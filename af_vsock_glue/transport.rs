@@ -63,22 +63,19 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     /// Whether a seqpacket socket may be connected to a CID.
     fn allows_seqpacket(&self, socket: &Socket, remote_cid: u32) -> bool;
 
-    /// A reader is about to look for data.
-    fn before_receive(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> Result;
-
-    /// A reader is about to wait for data, `wanted` bytes at least.
-    fn before_receive_blocks(
+    /// A reader is about to look for data, and to wait for `wanted` bytes at least.
+    fn before_receive(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Self::Connection,
+        connection: ArcBorrow<'_, Self::Connection>,
         wanted: usize,
-    );
+    ) -> Result;
 
     /// Moves up to `len` bytes into a message; copies them where it only peeks. Returns how many.
     fn receive(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Self::Connection,
+        connection: ArcBorrow<'_, Self::Connection>,
         message: &mut MessageDest,
         len: usize,
         peek: bool,
@@ -89,7 +86,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     fn receive_message(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Self::Connection,
+        connection: ArcBorrow<'_, Self::Connection>,
         message: &mut MessageDest,
         peek: bool,
     ) -> Result<usize>;
@@ -135,7 +132,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     fn set_buffer_size(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Self::Connection,
+        connection: ArcBorrow<'_, Self::Connection>,
         size: u64,
     ) -> u64;
 
@@ -143,7 +140,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     fn set_low_water(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Self::Connection,
+        connection: ArcBorrow<'_, Self::Connection>,
         low_water: u32,
     );
 }
@@ -214,7 +211,14 @@ impl<T: Transport> Registration<T> {
                             bindings::VSOCK_TRANSPORT_F_G2H as c_int,
                         )
                     })
-                    .inspect_err(|_| REGISTERED.store(ptr::null_mut(), Relaxed))
+                    .inspect_err(|error| {
+                        REGISTERED.store(ptr::null_mut(), Relaxed);
+                        if *error == EBUSY {
+                            pr_err!(
+                                "another transport from guest to host is loaded (vmw_vsock_virtio_transport?), remove it first\n"
+                            );
+                        }
+                    })
                 }
             }),
             _context: context,
@@ -226,7 +230,8 @@ impl<T: Transport> Registration<T> {
 #[pinned_drop]
 impl<T: Transport> PinnedDrop for Registration<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: It was registered when it was made; the core waits for callbacks that run.
+        // SAFETY: It was registered when it was made. Callbacks without a socket run under a mutex that the
+        // function takes; callbacks for a socket hold the module, and so this, by the socket's reference.
         unsafe { bindings::vsock_core_unregister(self.header.get().cast()) };
         REGISTERED.store(ptr::null_mut(), Relaxed);
     }
@@ -344,7 +349,7 @@ fn operations<T: Transport>(module: &'static ThisModule) -> bindings::vsock_tran
         notify_poll_in: Some(notify_poll_in::<T>),
         notify_poll_out: Some(notify_poll_out::<T>),
         notify_recv_init: Some(notify_recv_init::<T>),
-        notify_recv_pre_block: Some(notify_recv_pre_block::<T>),
+        notify_recv_pre_block: Some(notify_recv_pre_block),
         notify_recv_pre_dequeue: Some(notify_recv_pre_dequeue),
         notify_recv_post_dequeue: Some(notify_recv_post_dequeue),
         notify_send_init: Some(notify_send_init::<T>),
@@ -384,25 +389,23 @@ extern "C" fn destruct<T: Transport>(vsk: Vsk) {
 }
 
 extern "C" fn release<T: Transport>(vsk: Vsk) {
-    // SAFETY: A callback for a socket, with its lock held.
-    let released = unsafe {
-        with_socket::<T, ()>(vsk, |context, socket, _| {
-            context.release(socket);
-            Ok(())
-        })
-    };
-    // The error says that there is nothing to release.
-    let _ = released;
+    // SAFETY: A callback for a socket, with its lock held. Its connection is not borrowed here, as the lock
+    // may be released for a while.
+    unsafe {
+        if let Some(context) = context::<T>() {
+            context.release(&mut LockedSocket::assume_locked(Socket::from_raw(vsk)));
+        }
+    }
 }
 
 extern "C" fn cancel_pkt<T: Transport>(vsk: Vsk) -> c_int {
     // SAFETY: A callback for a socket, with its lock held.
-    from_result(|| unsafe {
-        with_socket::<T, _>(vsk, |context, socket, _| {
-            context.cancel(socket);
-            Ok(0)
-        })
-    })
+    unsafe {
+        if let Some(context) = context::<T>() {
+            context.cancel(&LockedSocket::assume_locked(Socket::from_raw(vsk)));
+        }
+    }
+    0
 }
 
 extern "C" fn connect<T: Transport>(vsk: Vsk) -> c_int {
@@ -433,7 +436,7 @@ extern "C" fn stream_dequeue<T: Transport>(vsk: Vsk, msg: Msg, len: usize, flags
     // SAFETY: A callback for a socket, with its lock held.
     size_or_errno(unsafe {
         with_socket::<T, _>(vsk, |context, socket, connection| {
-            context.receive(socket, &connection, message, len, peek)
+            context.receive(socket, connection, message, len, peek)
         })
     })
 }
@@ -496,7 +499,7 @@ extern "C" fn seqpacket_dequeue<T: Transport>(vsk: Vsk, msg: Msg, flags: c_int) 
     // SAFETY: A callback for a socket, with its lock held.
     size_or_errno(unsafe {
         with_socket::<T, _>(vsk, |context, socket, connection| {
-            context.receive_message(socket, &connection, message, peek)
+            context.receive_message(socket, connection, message, peek)
         })
     })
 }
@@ -546,28 +549,19 @@ extern "C" fn notify_poll_out<T: Transport>(vsk: Vsk, target: usize, ready: *mut
     0
 }
 
-extern "C" fn notify_recv_init<T: Transport>(vsk: Vsk, _target: usize, _data: RecvNotify) -> c_int {
+extern "C" fn notify_recv_init<T: Transport>(vsk: Vsk, target: usize, _data: RecvNotify) -> c_int {
     // SAFETY: A callback for a socket, with its lock held.
     from_result(|| unsafe {
         with_socket::<T, _>(vsk, |context, socket, connection| {
-            context.before_receive(socket, &connection)?;
+            context.before_receive(socket, connection, target)?;
             Ok(0)
         })
     })
 }
 
-extern "C" fn notify_recv_pre_block<T: Transport>(
-    vsk: Vsk,
-    target: usize,
-    _data: RecvNotify,
-) -> c_int {
-    // SAFETY: A callback for a socket, with its lock held.
-    from_result(|| unsafe {
-        with_socket::<T, _>(vsk, |context, socket, connection| {
-            context.before_receive_blocks(socket, &connection, target);
-            Ok(0)
-        })
-    })
+/// Called when the task's state says already that it sleeps, so this may not.
+extern "C" fn notify_recv_pre_block(_vsk: Vsk, _target: usize, _data: RecvNotify) -> c_int {
+    0
 }
 
 extern "C" fn notify_recv_pre_dequeue(_vsk: Vsk, _target: usize, _data: RecvNotify) -> c_int {
@@ -606,7 +600,7 @@ extern "C" fn notify_buffer_size<T: Transport>(vsk: Vsk, size: *mut u64) {
     // SAFETY: A callback for a socket, with its lock held; `size` is valid.
     let changed = unsafe {
         with_socket::<T, _>(vsk, |context, socket, connection| {
-            *size = context.set_buffer_size(socket, &connection, *size);
+            *size = context.set_buffer_size(socket, connection, *size);
             Ok(())
         })
     };
@@ -618,7 +612,7 @@ extern "C" fn notify_set_rcvlowat<T: Transport>(vsk: Vsk, low_water: c_int) -> c
     // SAFETY: A callback for a socket, with its lock held.
     from_result(|| unsafe {
         with_socket::<T, _>(vsk, |context, socket, connection| {
-            context.set_low_water(socket, &connection, u32::try_from(low_water)?);
+            context.set_low_water(socket, connection, u32::try_from(low_water)?);
             Ok(0)
         })
     })

@@ -141,6 +141,9 @@ impl<T: Driver> Registration<T> {
         };
         T::remove(this.context.as_arc_borrow(), &device);
         this.live_queues.wait_until_gone(vdev);
+        // SAFETY: The device is valid. It is reset already, unless it could not be restored after a sleep and
+        // had no queues.
+        unsafe { bindings::virtio_reset_device(vdev) };
     }
 
     extern "C" fn freeze(vdev: *mut bindings::virtio_device) -> c_int {
@@ -336,7 +339,8 @@ impl LiveDevice {
     fn reset(&self) {
         let mut state = self.state.lock();
         if let QueueState::InUse = *state {
-            // SAFETY: By the type invariant.
+            // SAFETY: By the type invariant. No queue is being kicked: that takes a `Virtqueue` mutably, and
+            // the driver drops all of them together.
             unsafe { bindings::virtio_reset_device(self.vdev) };
             *state = QueueState::Reset;
         }
@@ -388,7 +392,8 @@ impl Direction for FromDevice {
 /// A virtqueue of socket buffers with control block `C`.
 ///
 /// A buffer in the queue is the queue's; it comes back by [`pop`](Self::pop). What is still there when the
-/// queue is dropped is freed, after the device was reset. Dropping may sleep.
+/// queue is dropped is freed, after the device was reset: so a driver takes all queues of a device out of use
+/// before it drops the first. Dropping may sleep.
 ///
 /// # Invariants
 ///
@@ -407,7 +412,9 @@ unsafe impl<C: Send, D: Direction> Send for Virtqueue<C, D> {}
 pub(crate) enum PushError {
     /// There is no room, until the device has used a buffer.
     Full,
-    /// The queue does not work any more, or could not map the buffer.
+    /// There is no memory to map the buffer now.
+    NoMemory,
+    /// The queue does not work any more.
     Failed(Error),
 }
 
@@ -465,11 +472,12 @@ impl<C, D: Direction> Virtqueue<C, D> {
         pushed.map_err(|error| {
             // SAFETY: It was made by `into_raw()` above, and the queue has not taken it.
             let skb = unsafe { SkBuff::from_raw(NonNull::new_unchecked(skb)) };
-            if error == code::ENOSPC {
-                (skb, PushError::Full)
-            } else {
-                (skb, PushError::Failed(error))
-            }
+            let error = match error {
+                code::ENOSPC => PushError::Full,
+                code::ENOMEM if !self.is_broken() => PushError::NoMemory,
+                error => PushError::Failed(error),
+            };
+            (skb, error)
         })
     }
 

@@ -6,9 +6,9 @@
 
 use super::bindings;
 use core::{ops::Deref, ptr::NonNull};
-use kernel::{prelude::*, workqueue::Queue};
+use kernel::{prelude::*, sync::Arc, workqueue::Queue};
 
-/// An owned workqueue. Dropping it waits for all its work, so that no work outlives the module.
+/// An owned workqueue. The last reference may not be dropped by work of its own: see [`Drained`].
 ///
 /// # Invariants
 ///
@@ -49,6 +49,31 @@ impl Drop for OwnedQueue {
         // SAFETY: By the type invariant nobody else destroys it.
         unsafe { bindings::destroy_workqueue(self.0.as_ptr()) }
     }
+}
+
+/// A reference to a workqueue that, when it is dropped, waits until the queue has no work left.
+///
+/// A module keeps one and drops it last: then no work outlives it, whoever else refers to the queue.
+pub(crate) struct Drained(Arc<OwnedQueue>);
+
+impl Drained {
+    /// Waits for the work of `queue` when it is dropped.
+    pub(crate) fn new(queue: Arc<OwnedQueue>) -> Self {
+        Self(queue)
+    }
+}
+
+impl Drop for Drained {
+    fn drop(&mut self) {
+        // SAFETY: The queue is valid, and this is no work of its own.
+        unsafe { bindings::drain_workqueue(self.0.as_raw()) }
+    }
+}
+
+/// Whether a message that a device can provoke may be logged now.
+pub(crate) fn may_log() -> bool {
+    // SAFETY: No preconditions.
+    unsafe { bindings::vsock_glue_ratelimit() }
 }
 
 /// Gives way to other tasks where that is due. For long loops in process context.

@@ -5,7 +5,7 @@
 use crate::{
     af_vsock_glue::skb::{SkBuff, SkBuffQueue},
     protocol::{
-        credit::{CreditExceeded, ReceiveCredit, SendCredit},
+        credit::{Advertisement, CreditExceeded, ReceiveCredit, SendCredit},
         header::SocketType,
     },
 };
@@ -156,13 +156,34 @@ pub(crate) struct Connection {
     state: SpinLock<ConnectionState>,
     /// Payload that was given to [`tx`](super::tx) and not yet taken by the device, in bytes.
     unsent: Atomic<i64>,
+    /// Credit updates that were given to [`tx`](super::tx) and not yet taken by the device.
+    waiting_updates: Atomic<i32>,
 }
+
+/// How many credit updates of a connection may wait for the device. A device that takes none cannot be told
+/// more, and the next update tells of all that these do.
+const MAX_WAITING_UPDATES: i32 = 64;
 
 struct ConnectionState {
     send: SendCredit,
     receive: ReceiveCredit,
     queue: ReceiveQueue,
     reset: ResetState,
+    /// The directions whose end the peer was told, as the protocol's flags.
+    shutdown_sent: u32,
+}
+
+impl ConnectionState {
+    /// Bytes that can be sent, while the device has not taken `unsent` of those before.
+    ///
+    /// A peer whose `fwd_cnt` claims what the device has not even taken does not make us queue more.
+    fn sendable(&self, unsent: usize) -> u32 {
+        let limit = self.receive.buf_alloc();
+        let waiting = u32::try_from(unsent).unwrap_or(u32::MAX);
+        self.send
+            .available(limit)
+            .min(limit.saturating_sub(waiting))
+    }
 }
 
 /// Whether the connection was reset by the device, and the application told.
@@ -196,8 +217,10 @@ impl Connection {
                     receive: ReceiveCredit::new(buf_alloc),
                     queue: ReceiveQueue::new(),
                     reset: ResetState::No,
+                    shutdown_sent: 0,
                 }, "virtio_vsock_rs_connection"),
                 unsent: Atomic::new(0),
+                waiting_updates: Atomic::new(0),
             }),
             GFP_KERNEL,
         )
@@ -219,7 +242,9 @@ impl Connection {
 
     /// Takes up to `wanted` bytes of credit.
     pub(crate) fn take_send_credit(&self, wanted: u32) -> u32 {
+        let unsent = self.unsent();
         let mut state = self.state.lock();
+        let wanted = wanted.min(state.sendable(unsent));
         let limit = state.receive.buf_alloc();
         state.send.take(wanted, limit)
     }
@@ -252,8 +277,30 @@ impl Connection {
 
     /// Bytes that can be sent.
     pub(crate) fn writable(&self) -> u32 {
-        let state = self.state.lock();
-        state.send.available(state.receive.buf_alloc())
+        let unsent = self.unsent();
+        self.state.lock().sendable(unsent)
+    }
+
+    /// Takes the right to send a credit update; `false` where too many wait already.
+    pub(crate) fn add_waiting_update(&self) -> bool {
+        if self.waiting_updates.load(Relaxed) >= MAX_WAITING_UPDATES {
+            return false;
+        }
+        self.waiting_updates.add(1, Relaxed);
+        true
+    }
+
+    /// Notes that the device has taken a credit update, or that it was thrown away.
+    pub(crate) fn remove_waiting_update(&self) {
+        self.waiting_updates.fetch_sub(1, Relaxed);
+    }
+
+    /// Notes that the peer is told of the end of directions; returns whether it did not know of some.
+    pub(crate) fn note_shutdown_sent(&self, directions: u32) -> bool {
+        let mut state = self.state.lock();
+        let news = directions & !state.shutdown_sent != 0;
+        state.shutdown_sent |= directions;
+        news
     }
 
     /// Bytes that can be read, or are part of a message that is not complete yet.
@@ -274,9 +321,14 @@ impl Connection {
         }
     }
 
-    /// The `buf_alloc` and `fwd_cnt` of a packet that is about to be sent.
-    pub(crate) fn advertise(&self) -> (u32, u32) {
-        self.state.lock().receive.advertise()
+    /// The credit for a packet that is about to be made.
+    pub(crate) fn advertisement(&self) -> Advertisement {
+        self.state.lock().receive.advertisement()
+    }
+
+    /// Notes that a packet with that credit is on its way. The socket's lock is held since it was made.
+    pub(crate) fn advertised(&self) {
+        self.state.lock().receive.advertised();
     }
 
     /// Whether the peer should be told now of room in the receive buffer, as a reader waits for `low_water`

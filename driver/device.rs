@@ -79,7 +79,7 @@ impl Driver for VsockDriver {
 
 impl VsockDriver {
     /// Begins to use a device. Needs the device mutex.
-    fn start(&self, device: &Device) -> Result {
+    fn start(self: ArcBorrow<'_, Self>, device: &Device) -> Result {
         let (live, [rx, tx, events]) =
             device.make_queues::<{ queue::COUNT }>([c"rx", c"tx", c"event"])?;
         // On an error below the queues are dropped, which resets the device.
@@ -88,14 +88,16 @@ impl VsockDriver {
 
         let mut rx = RxQueue::new(rx);
         let mut events = EventQueue::new(events);
-        events.fill()?;
+        events.fill();
         rx.fill();
         self.set_socket_types(SocketTypes::negotiated(|bit| device.has_feature(bit)));
         self.tx.start(tx);
         self.set_guest_cid(Some(cid));
-        // Interrupts that came before this found no queues; the work looks at them now.
         *self.events.lock() = Some(events);
         *self.rx.lock() = Some(rx);
+        // Interrupts that came before this found no queues.
+        queue_work::<{ work::EVENTS }>(self.into());
+        queue_work::<{ work::RX }>(self.into());
         dev_info!(
             device.as_ref(),
             "virtio socket device with CID {}\n",
@@ -106,12 +108,13 @@ impl VsockDriver {
 
     /// Stops using the device and resets all connections. Needs the device mutex.
     fn stop(&self) {
-        self.set_guest_cid(None);
-        // Each queue is dropped after its lock. The first of them resets the device.
+        // All queues are taken out of use before the first is dropped, which resets the device.
         let rx = self.rx.lock().take();
         let events = self.events.lock().take();
-        drop((rx, events));
-        self.tx.stop();
+        let tx = self.tx.take_queue();
+        self.set_guest_cid(None);
+        drop((rx, events, tx));
+        self.tx.drop_backlog();
         self.reset_all_connections();
     }
 }

@@ -2,13 +2,13 @@
 
 //! Events of the device.
 
-use super::VsockDriver;
+use super::{queue_work, work, VsockDriver};
 use crate::{
     af_vsock_glue::{
         skb::SkBuff,
         socket::Socket,
-        virtio::{FromDevice, LiveDevice, PushError, RawQueue, Virtqueue},
-        workqueue::cond_resched,
+        virtio::{FromDevice, LiveDevice, RawQueue, Virtqueue},
+        workqueue::{cond_resched, may_log},
     },
     protocol::{
         cid::Cid,
@@ -20,12 +20,17 @@ use kernel::{prelude::*, sync::Arc};
 /// How many events the device can have under way.
 const BUFFERS: usize = 8;
 
+/// How many events one run of the work item handles, so that others get the CPU and the locks.
+const BUDGET: u32 = 64;
+
 /// Offset of `guest_cid` in the device's configuration space, in bytes.
 const CONFIG_GUEST_CID: u32 = 0;
 
 /// The event virtqueue.
 pub(crate) struct EventQueue {
     queue: Virtqueue<(), FromDevice>,
+    /// Buffers that the device has.
+    posted: usize,
 }
 
 impl EventQueue {
@@ -33,21 +38,23 @@ impl EventQueue {
     pub(crate) fn new(queue: RawQueue) -> Self {
         Self {
             queue: queue.into(),
+            posted: 0,
         }
     }
 
-    /// Gives the device its buffers. May sleep.
-    pub(crate) fn fill(&mut self) -> Result {
-        for _ in 0..BUFFERS {
-            let buffer = SkBuff::empty(EVENT_LEN as u32, ())?;
-            match self.queue.push(buffer) {
-                Ok(()) => {}
-                Err((_, PushError::Full)) => break,
-                Err((_, PushError::Failed(error))) => return Err(error),
+    /// Gives the device the buffers that it does not have. May sleep.
+    pub(crate) fn fill(&mut self) {
+        while self.posted < BUFFERS {
+            let Ok(buffer) = SkBuff::empty(EVENT_LEN as u32, ()) else {
+                break;
+            };
+            // A smaller queue takes fewer. Without memory the device has those that it has.
+            if self.queue.push(buffer).is_err() {
+                break;
             }
+            self.posted += 1;
         }
         self.queue.kick();
-        Ok(())
     }
 }
 
@@ -55,41 +62,55 @@ impl EventQueue {
 pub(crate) fn read_guest_cid(device: &LiveDevice) -> Result<Cid> {
     let raw = device.read_config_le64(CONFIG_GUEST_CID);
     Cid::guest_from_config(raw).map_err(|_| {
-        pr_err!("the device's guest_cid {raw:#x} is not a CID that a guest can have\n");
+        if may_log() {
+            pr_err!("the device's guest_cid {raw:#x} is not a CID that a guest can have\n");
+        }
         EINVAL
     })
 }
 
 impl VsockDriver {
-    /// Handles the events that the device has made available. Work item, and called with the rx mutex held
-    /// where a packet may be newer than an event; sleeps, and takes sockets' locks.
+    /// Handles the events that the device has made available. Work item; sleeps, and takes sockets' locks.
     pub(super) fn process_events(self: &Arc<Self>) {
+        // Packets wait meanwhile: a connection of after the event is not reset by it.
+        let _rx = self.rx.lock();
+        self.handle_events();
+    }
+
+    /// Handles the events that the device has made available. Needs the rx mutex; sleeps, and takes sockets'
+    /// locks.
+    pub(super) fn handle_events(self: &Arc<Self>) {
         let mut guard = self.events.lock();
         let Some(events) = (*guard).as_mut() else {
             return;
         };
+        let mut budget = BUDGET;
         loop {
             events.queue.disable_interrupts();
-            while let Some(buffer) = events.queue.pop() {
-                let Ok(mut buffer) = buffer else {
-                    self.statistics.unknown_events.increment();
-                    continue;
-                };
-                // One byte more than an event has, to tell a longer one.
-                let mut event = [0; EVENT_LEN + 1];
-                let event = Event::parse(buffer.copy_into(&mut event));
-                match event {
-                    Ok(Event::TransportReset) => self.transport_reset(events.queue.device()),
-                    Err(_) => self.statistics.unknown_events.increment(),
+            while let Some(event) = events.queue.pop() {
+                events.posted = events.posted.saturating_sub(1);
+                self.handle_event(event.ok(), events.queue.device());
+                events.fill();
+                budget -= 1;
+                if budget == 0 {
+                    queue_work::<{ work::EVENTS }>(self.clone());
+                    return;
                 }
-                buffer.truncate(0);
-                // There is room, as this buffer just left. A broken queue gets no more events anyway.
-                let _ = events.queue.push(buffer);
+                cond_resched();
             }
-            events.queue.kick();
             if events.queue.is_broken() || events.queue.enable_interrupts() {
                 break;
             }
+        }
+    }
+
+    /// Handles one event, `None` where its buffer was used wrongly.
+    fn handle_event(&self, buffer: Option<SkBuff<()>>, device: &LiveDevice) {
+        // One byte more than an event has, to tell a longer one.
+        let mut bytes = [0; EVENT_LEN + 1];
+        match buffer.map(|buffer| Event::parse(buffer.copy_into(&mut bytes))) {
+            Some(Ok(Event::TransportReset)) => self.transport_reset(device),
+            Some(Err(_)) | None => self.statistics.unknown_events.increment(),
         }
     }
 
@@ -100,28 +121,35 @@ impl VsockDriver {
         self.set_guest_cid(cid);
         self.statistics.transport_resets.increment();
         let reset = self.reset_all_connections();
-        pr_info!(
-            "transport reset: CID {} is now {}, {reset} connections were reset\n",
-            before.map_or(0, Cid::get),
-            cid.map_or(0, Cid::get)
-        );
+        if may_log() {
+            pr_info!(
+                "transport reset: CID {} is now {}, {reset} connections were reset\n",
+                before.map_or(0, Cid::get),
+                cid.map_or(0, Cid::get)
+            );
+        }
     }
 
     /// Resets all connections and returns how many there were. Sleeps, and takes sockets' locks.
+    ///
+    /// The caller sees to it that no new ones are made meanwhile: by the rx mutex, or without a device.
     pub(super) fn reset_all_connections(&self) -> usize {
-        let sockets = loop {
-            match Socket::all_connected::<Self>() {
-                Ok(sockets) => break sockets,
-                // A connection that looks alive and is not would be worse than waiting for memory.
-                Err(_) => cond_resched(),
+        let mut count = 0;
+        loop {
+            let sockets = Socket::some_connected::<Self>();
+            for socket in sockets.iter().flatten() {
+                let socket = socket.lock();
+                if let Some(connection) = socket.connection::<Self>() {
+                    self.reset_connection(&socket, &connection);
+                }
+                // So that it is not found again.
+                socket.remove_from_tables();
+                count += 1;
             }
-        };
-        for socket in &sockets {
-            let socket = socket.lock();
-            if let Some(connection) = socket.connection::<Self>() {
-                self.reset_connection(&socket, &connection);
+            if sockets.iter().any(Option::is_none) {
+                return count;
             }
+            cond_resched();
         }
-        sockets.len()
     }
 }

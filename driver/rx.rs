@@ -51,14 +51,14 @@ impl RxQueue {
         while let Ok(buffer) = SkBuff::page_sized(()) {
             match self.queue.push(buffer) {
                 Ok(()) => self.posted += 1,
-                Err((_, PushError::Full | PushError::Failed(_))) => break,
+                Err((_, PushError::Full | PushError::NoMemory | PushError::Failed(_))) => break,
             }
         }
         self.queue.kick();
     }
 
     fn fill_if_low(&mut self) {
-        if self.posted < self.queue.size() / 2 {
+        if self.posted <= self.queue.size() / 2 {
             self.fill();
         }
     }
@@ -82,8 +82,8 @@ impl VsockDriver {
         loop {
             rx.queue.disable_interrupts();
             loop {
-                if self.tx.is_congested() {
-                    // The device takes no answers. process_tx() lets this go on once it does.
+                if self.tx.park_rx_if_congested() {
+                    // The device takes no answers. resume_rx() lets this go on once it does.
                     rx.fill_if_low();
                     return;
                 }
@@ -109,6 +109,10 @@ impl VsockDriver {
             }
         }
         rx.fill_if_low();
+        if rx.posted == 0 && !rx.queue.is_broken() {
+            // There was no memory for even one buffer, and no interrupt will come.
+            queue_work::<{ work::RX }>(self.clone());
+        }
     }
 
     /// Takes a packet apart and finds the socket that it is for.
@@ -156,7 +160,7 @@ impl VsockDriver {
         };
         if !is_ours() {
             // Perhaps the CID has changed, and the event that says so waits in its queue.
-            self.process_events();
+            self.handle_events();
             if !is_ours() {
                 return None;
             }
@@ -191,15 +195,24 @@ impl VsockDriver {
             self.send_reset_reply(header);
             return;
         }
-        let Some(connection) = socket.connection::<Self>() else {
-            // A listener has none; anything else has.
+        if state == State::Listening {
+            // It may have a connection all the same, of an attempt to connect that failed before.
             match step(state, 0, header) {
                 Step::Accept => self.accept(socket, flow, header),
                 Step::Refuse => self.send_reset_reply(header),
                 _ => self.statistics.dropped_state.increment(),
             }
             return;
+        }
+        let Some(connection) = socket.connection::<Self>() else {
+            self.send_reset_reply(header);
+            return;
         };
+        if connection.reset_state() != ResetState::No {
+            // What the device has reset is over, though the socket is still bound and can be found.
+            self.send_reset_reply(header);
+            return;
+        }
         if connection.note_peer_credit(header.buf_alloc, header.fwd_cnt) {
             socket.write_space();
         }
@@ -222,7 +235,7 @@ impl VsockDriver {
                 });
             }
             Step::Deliver => self.deliver(socket, &connection, header, payload),
-            Step::SendCredit => self.send_credit_update(socket, &connection, true),
+            Step::SendCredit => self.send_credit_update(socket, connection, true),
             Step::NoteCredit => {}
             Step::PeerShutdown(directions) => {
                 self.peer_shut_down(socket, &connection, Directions::from_bits(directions));
@@ -256,12 +269,10 @@ impl VsockDriver {
             child.assign_transport::<Self>(listener)?;
             let connection = child.connection::<Self>().ok_or(ENODEV)?;
             connection.note_peer_credit(header.buf_alloc, header.fwd_cnt);
-            let response =
-                self.control_packet(&child, &connection, Message::reply(Op::Response))?;
+            // Nothing is received meanwhile, so that the peer's next packet finds the socket in its table.
+            self.send_control(&child, &connection, Message::reply(Op::Response))?;
             child.insert_connected();
             listener.enqueue_accept(&child);
-            // If this fails the device is gone, and with it all connections are reset.
-            let _ = self.transmit(response);
         }
         listener.wake_acceptors();
         Ok(())

@@ -95,25 +95,23 @@ impl Transport for VsockDriver {
         socket.in_global_namespace() && self.socket_types().seqpacket
     }
 
-    fn before_receive(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
-        tell_of_reset(socket, connection)
-    }
-
-    fn before_receive_blocks(
+    fn before_receive(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         wanted: usize,
-    ) {
+    ) -> Result {
+        tell_of_reset(socket, &connection)?;
         if connection.wants_credit_update(u32::try_from(wanted).unwrap_or(u32::MAX)) {
             self.send_credit_update(socket, connection, false);
         }
+        Ok(())
     }
 
     fn receive(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         message: &mut MessageDest,
         len: usize,
         peek: bool,
@@ -133,11 +131,11 @@ impl Transport for VsockDriver {
     fn receive_message(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         message: &mut MessageDest,
         peek: bool,
     ) -> Result<usize> {
-        tell_of_reset(socket, connection)?;
+        tell_of_reset(socket, &connection)?;
         let room = message.remaining();
         let copy = |packet: &SkBuff<Received>, offset, part| packet.copy_to(offset, message, part);
         let read = if peek {
@@ -187,6 +185,7 @@ impl Transport for VsockDriver {
         let mut left = credit;
         while left > 0 {
             let part = left.min(self.tx.longest_payload());
+            let before = message.position();
             let sent = self.send_payload(
                 socket,
                 connection,
@@ -196,6 +195,7 @@ impl Transport for VsockDriver {
                 from_pages,
             );
             if let Err(error) = sent {
+                message.rewind(before);
                 connection.return_send_credit(left);
                 if left == credit {
                     if let Some(zero_copy) = &mut zero_copy {
@@ -252,18 +252,25 @@ impl Transport for VsockDriver {
     fn set_buffer_size(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         size: u64,
     ) -> u64 {
         let size = size.min(MAX_BUFFER_SIZE);
         connection.set_buf_alloc(u32::try_from(size).unwrap_or(u32::MAX));
         if socket.state() == SocketState::Established && !socket.is_done() {
             self.send_credit_update(socket, connection, false);
+            // Our own size limits what can be sent, too.
+            socket.write_space();
         }
         size
     }
 
-    fn set_low_water(&self, socket: &LockedSocket<'_>, connection: &Connection, low_water: u32) {
+    fn set_low_water(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Connection>,
+        low_water: u32,
+    ) {
         // A sender that waits for room must not wait for a reader that waits for more data.
         if connection.wants_credit_update(low_water) {
             self.send_credit_update(socket, connection, false);
@@ -281,7 +288,11 @@ enum Closed {
 
 impl VsockDriver {
     /// Tells the peer of room that a reader has made, where it should know now.
-    fn update_credit_of_reader(&self, socket: &LockedSocket<'_>, connection: &Connection) {
+    fn update_credit_of_reader(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Connection>,
+    ) {
         if socket.state() == SocketState::Established
             && connection.wants_credit_update(socket.low_water())
         {
@@ -313,15 +324,18 @@ impl VsockDriver {
             }
             return Closed::Now;
         }
-        if socket.shutdown() != Directions::BOTH
-            && self
-                .send_shutdown(socket, &connection, Directions::BOTH)
-                .is_err()
-        {
-            return Closed::Now;
+        match self.send_shutdown(socket, &connection, Directions::BOTH) {
+            // Without a device there is nobody to wait for.
+            Err(ENODEV | EIO) => return Closed::Now,
+            // After the close timeout the peer is told by RST.
+            Ok(()) | Err(_) => {}
         }
         socket.linger();
-        if socket.is_done() {
+        // Meanwhile the peer may have answered, or the device have lost the connection.
+        let is_reset = socket
+            .connection::<Self>()
+            .is_none_or(|connection| connection.reset_state() != ResetState::No);
+        if socket.is_done() || is_reset {
             return Closed::Now;
         }
         socket.schedule_close::<Self>(&self.workqueue, msecs_to_jiffies(CLOSE_TIMEOUT_MS));
@@ -334,9 +348,13 @@ impl VsockDriver {
         connection: &Connection,
         directions: Directions,
     ) -> Result {
+        // The protocol's flags are the socket layer's bits.
+        let flags = directions.bits();
+        if !connection.note_shutdown_sent(flags) {
+            return Ok(());
+        }
         let message = Message {
-            // The protocol's flags are the socket layer's bits.
-            flags: directions.bits(),
+            flags,
             ..Message::of(Op::Shutdown)
         };
         self.send_control(socket, connection, message)

@@ -3,9 +3,9 @@
 //! Packets to the device.
 //!
 //! A packet goes straight into the virtqueue where there is room and nothing waits. Otherwise it waits in the
-//! backlog, in order, until the device has used buffers. What waits is bounded: payload by the credit of its
-//! sender, answers to packets of the device by [`MAX_WAITING_REPLIES`], because no more packets are received
-//! while so many wait, and other control packets by what their sockets may have outstanding.
+//! backlog, in order, until the device has used buffers. What waits is bounded: payload by the size of its
+//! socket's buffer, answers to packets of the device by [`MAX_WAITING_REPLIES`], because no more packets are
+//! received while so many wait, and other control packets by a number for each socket.
 
 use super::{
     connection::Connection,
@@ -19,6 +19,7 @@ use crate::{
         skb::{Payload, SkBuff, SkBuffQueue},
         socket::{LockedSocket, Socket},
         virtio::{PushError, RawQueue, ToDevice, Virtqueue},
+        workqueue::cond_resched,
     },
     protocol::{
         header::{Header, Op, SocketType, HEADER_LEN, SEQ_EOM, SEQ_EOR},
@@ -38,34 +39,59 @@ const MAX_WAITING_REPLIES: usize = 128;
 
 /// Control block of a packet to the device.
 pub(crate) struct Outgoing {
-    /// The connection whose payload it is, and how many bytes.
-    payload: Option<(Arc<Connection>, u32)>,
+    /// The connection that counts the packet until it is dropped.
+    counted: Option<(Arc<Connection>, Counted)>,
     /// Whether it answers a packet of the device.
     is_reply: bool,
+}
+
+/// What a connection counts of a packet.
+#[derive(Clone, Copy)]
+enum Counted {
+    /// So many bytes of payload.
+    Payload(u32),
+    /// A credit update.
+    CreditUpdate,
 }
 
 impl Outgoing {
     fn control(is_reply: bool) -> Self {
         Self {
-            payload: None,
+            counted: None,
             is_reply,
         }
     }
 
-    /// Counts as unsent until it is dropped.
     fn payload(connection: ArcBorrow<'_, Connection>, len: u32) -> Self {
         connection.add_unsent(len);
         Self {
-            payload: Some((connection.into(), len)),
+            counted: Some((connection.into(), Counted::Payload(len))),
             is_reply: false,
+        }
+    }
+
+    /// `None` where too many wait already.
+    fn credit_update(connection: ArcBorrow<'_, Connection>, is_reply: bool) -> Option<Self> {
+        connection.add_waiting_update().then(|| Self {
+            counted: Some((connection.into(), Counted::CreditUpdate)),
+            is_reply,
+        })
+    }
+
+    fn payload_len(&self) -> usize {
+        match &self.counted {
+            Some((_, Counted::Payload(len))) => *len as usize,
+            _ => 0,
         }
     }
 }
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        if let Some((connection, len)) = self.payload.take() {
-            connection.remove_unsent(len);
+        match self.counted.take() {
+            Some((connection, Counted::Payload(len))) => connection.remove_unsent(len),
+            Some((connection, Counted::CreditUpdate)) => connection.remove_waiting_update(),
+            None => {}
         }
     }
 }
@@ -78,17 +104,40 @@ pub(crate) type OutgoingPacket = SkBuff<Outgoing>;
 pub(crate) struct Tx {
     /// `None` while there is no device.
     #[pin]
-    queue: Mutex<Option<Virtqueue<Outgoing, ToDevice>>>,
+    queue: Mutex<Option<TxQueue>>,
     #[pin]
     backlog: SpinLock<Backlog>,
     /// The longest payload that fits into the virtqueue, in bytes.
     longest_payload: Atomic<u32>,
 }
 
+/// The transmit virtqueue of a device.
+pub(crate) struct TxQueue {
+    queue: Virtqueue<Outgoing, ToDevice>,
+    /// Packets that the device has.
+    in_flight: usize,
+}
+
+impl TxQueue {
+    fn push(&mut self, packet: OutgoingPacket) -> Result<(), (OutgoingPacket, PushError)> {
+        self.queue.push(packet)?;
+        self.in_flight += 1;
+        Ok(())
+    }
+
+    fn pop(&mut self) -> Option<OutgoingPacket> {
+        let packet = self.queue.pop()?;
+        self.in_flight -= 1;
+        Some(packet)
+    }
+}
+
 /// Packets that wait, in order.
 struct Backlog {
     packets: SkBuffQueue<Outgoing>,
     replies: usize,
+    /// Whether the receiver has stopped until fewer answers wait.
+    rx_parked: bool,
 }
 
 impl Backlog {
@@ -131,6 +180,7 @@ impl Tx {
             backlog <- new_spinlock!(Backlog {
                 packets: SkBuffQueue::new(),
                 replies: 0,
+                rx_parked: false,
             }, "virtio_vsock_rs_backlog"),
             longest_payload: Atomic::new(MAX_PAYLOAD),
         })
@@ -146,7 +196,10 @@ impl Tx {
             (OutgoingPacket::longest_linear() - HEADER_LEN) as u32
         };
         self.longest_payload.store(longest, Relaxed);
-        *self.queue.lock() = Some(queue);
+        *self.queue.lock() = Some(TxQueue {
+            queue,
+            in_flight: 0,
+        });
     }
 
     /// The longest payload of a packet, in bytes.
@@ -159,18 +212,33 @@ impl Tx {
         self.longest_payload() == MAX_PAYLOAD
     }
 
-    /// Stops using the device, and frees what it was to be sent. Sleeps.
-    pub(crate) fn stop(&self) {
-        // The queue is dropped after the lock, and then what waited for it: nothing is added any more.
-        let queue = self.queue.lock().take();
-        drop(queue);
-        let waiting = self.backlog.lock().extract(|_| true);
+    /// Takes the device's queue out of use; nothing is added to it or to the backlog any more. Sleeps.
+    pub(crate) fn take_queue(&self) -> Option<TxQueue> {
+        self.queue.lock().take()
+    }
+
+    /// Frees what waits for a device that is gone.
+    pub(crate) fn drop_backlog(&self) {
+        let mut backlog = self.backlog.lock();
+        backlog.rx_parked = false;
+        let waiting = backlog.extract(|_| true);
+        // Freed outside of the spinlock.
+        drop(backlog);
         drop(waiting);
     }
 
-    /// Whether so many answers wait that no more packets should be received. Callable in atomic context.
-    pub(crate) fn is_congested(&self) -> bool {
-        self.backlog.lock().replies >= MAX_WAITING_REPLIES
+    /// Whether so many answers wait that no more packets should be received. Whoever is told so stops
+    /// receiving, and [`VsockDriver::resume_rx`] lets it go on. Callable in atomic context.
+    pub(crate) fn park_rx_if_congested(&self) -> bool {
+        let mut backlog = self.backlog.lock();
+        backlog.rx_parked = backlog.replies >= MAX_WAITING_REPLIES;
+        backlog.rx_parked
+    }
+
+    /// Whether the receiver has stopped and can go on. It is told once.
+    fn unpark_rx(&self) -> bool {
+        let mut backlog = self.backlog.lock();
+        backlog.replies < MAX_WAITING_REPLIES && core::mem::take(&mut backlog.rx_parked)
     }
 }
 
@@ -221,7 +289,7 @@ impl VsockDriver {
         if remote.cid == guest_cid {
             return Err(ENODEV);
         }
-        let (buf_alloc, fwd_cnt) = connection.advertise();
+        let credit = connection.advertisement();
         Ok(Header {
             src_cid: guest_cid.into(),
             dst_cid: remote.cid.into(),
@@ -231,26 +299,44 @@ impl VsockDriver {
             socket_type: connection.socket_type(),
             op,
             flags,
-            buf_alloc,
-            fwd_cnt,
+            buf_alloc: credit.buf_alloc,
+            fwd_cnt: credit.fwd_cnt,
         })
     }
 
-    /// Makes a control packet of a connection. May sleep.
-    pub(crate) fn control_packet(
+    /// Sends a control packet of a connection. May sleep.
+    pub(crate) fn send_control(
         &self,
         socket: &LockedSocket<'_>,
         connection: &Connection,
         message: Message,
-    ) -> Result<OutgoingPacket> {
+    ) -> Result {
+        self.send_counted(
+            socket,
+            connection,
+            message,
+            Outgoing::control(message.is_reply),
+        )
+    }
+
+    fn send_counted(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        message: Message,
+        control: Outgoing,
+    ) -> Result {
         let header = self.header(socket, connection, message.op, message.flags, 0)?;
-        SkBuff::outgoing(
+        let packet = SkBuff::outgoing(
             Some(socket),
             &header.to_bytes(),
             Payload::None,
             None,
-            Outgoing::control(message.is_reply),
-        )
+            control,
+        )?;
+        self.transmit(packet)?;
+        connection.advertised();
+        Ok(())
     }
 
     /// Sends the next `len` bytes of a message, out of the caller's pages where `from_pages` says so. May sleep.
@@ -289,7 +375,11 @@ impl VsockDriver {
                         zero_copy.set_copied();
                     }
                 }
-                packet => return self.transmit(packet?),
+                packet => {
+                    self.transmit(packet?)?;
+                    connection.advertised();
+                    return Ok(());
+                }
             }
         }
         let payload = Payload::Copy(message, len as usize);
@@ -299,33 +389,28 @@ impl VsockDriver {
             payload,
             zero_copy,
             control(),
-        )?)
+        )?)?;
+        connection.advertised();
+        Ok(())
     }
 
-    /// Sends a control packet of a connection. May sleep.
-    pub(crate) fn send_control(
-        &self,
-        socket: &LockedSocket<'_>,
-        connection: &Connection,
-        message: Message,
-    ) -> Result {
-        self.transmit(self.control_packet(socket, connection, message)?)
-    }
-
-    /// Sends a credit update. May sleep.
+    /// Sends a credit update, unless many wait for the device already. May sleep.
     ///
-    /// Where it cannot be sent nothing is lost: the next packet carries the credit.
+    /// Where it cannot be sent nothing is lost: the peer does not count as told.
     pub(crate) fn send_credit_update(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         is_reply: bool,
     ) {
-        let message = Message {
-            is_reply,
-            ..Message::of(Op::CreditUpdate)
+        let Some(control) = Outgoing::credit_update(connection, is_reply) else {
+            return;
         };
-        if self.send_control(socket, connection, message).is_ok() {
+        let message = Message::of(Op::CreditUpdate);
+        if self
+            .send_counted(socket, &connection, message, control)
+            .is_ok()
+        {
             self.statistics.credit_updates.increment();
         }
     }
@@ -352,9 +437,9 @@ impl VsockDriver {
     ///
     /// # Errors
     ///
-    /// ENODEV where there is no device, EIO where it is broken; the packet is freed.
+    /// ENODEV where there is no device, EIO where it is broken, ENOMEM; the packet is freed.
     pub(crate) fn transmit(&self, packet: OutgoingPacket) -> Result {
-        let payload = packet.control().payload.as_ref().map_or(0, |(_, len)| *len);
+        let payload = packet.control().payload_len();
         let mut queue = self.tx.queue.lock();
         let sent = match (*queue).as_mut() {
             None => Err((packet, ENODEV)),
@@ -364,7 +449,7 @@ impl VsockDriver {
         match sent {
             Ok(()) => {
                 self.statistics.tx_packets.increment();
-                self.statistics.tx_bytes.add(payload as usize);
+                self.statistics.tx_bytes.add(payload);
                 Ok(())
             }
             // The packet is freed here, outside of the lock: that wakes writers.
@@ -377,27 +462,33 @@ impl VsockDriver {
 
     fn push_or_wait(
         &self,
-        queue: &mut Virtqueue<Outgoing, ToDevice>,
+        queue: &mut TxQueue,
         packet: OutgoingPacket,
     ) -> Result<(), (OutgoingPacket, Error)> {
+        if queue.queue.is_broken() {
+            return Err((packet, EIO));
+        }
         let nothing_waits = self.tx.backlog.lock().packets.is_empty();
-        let refused = if nothing_waits {
+        let pushed = if nothing_waits {
             queue.push(packet)
         } else {
             Err((packet, PushError::Full))
         };
-        match refused {
+        match pushed {
             Ok(()) => {
-                queue.kick();
+                queue.queue.kick();
                 Ok(())
             }
-            Err((packet, PushError::Full)) => {
-                // The queue is full, so the device will use buffers, and its interrupt takes this up.
+            // The device will use buffers that it has, and its interrupt takes this up.
+            Err((packet, PushError::Full | PushError::NoMemory))
+                if queue.in_flight > 0 || !nothing_waits =>
+            {
                 self.tx.backlog.lock().push_back(packet);
                 self.statistics.tx_waited.increment();
                 Ok(())
             }
-            Err((packet, PushError::Failed(error))) => Err((packet, error)),
+            Err((packet, PushError::Full | PushError::NoMemory)) => Err((packet, ENOMEM)),
+            Err((packet, PushError::Failed(_))) => Err((packet, EIO)),
         }
     }
 
@@ -405,59 +496,65 @@ impl VsockDriver {
     pub(super) fn process_tx(self: &Arc<Self>) {
         // Freed after the lock is released: freeing calls back into sockets.
         let mut used = SkBuffQueue::new();
-        let mut failed = SkBuffQueue::new();
-        let was_congested = self.tx.is_congested();
         {
             let mut queue = self.tx.queue.lock();
             let Some(queue) = (*queue).as_mut() else {
                 return;
             };
             loop {
-                queue.disable_interrupts();
+                queue.queue.disable_interrupts();
                 while let Some(packet) = queue.pop() {
                     used.push_back(packet);
                 }
-                self.push_waiting(queue, &mut failed);
-                if queue.enable_interrupts() || queue.is_broken() {
+                self.push_waiting(queue);
+                if queue.queue.is_broken() || queue.queue.enable_interrupts() {
                     break;
                 }
+                cond_resched();
             }
-            queue.kick();
+            queue.queue.kick();
+            if queue.queue.is_broken() {
+                // Nothing that waits will be taken any more; what is sent from now on fails.
+                let mut lost = self.tx.backlog.lock().extract(|_| true);
+                self.statistics.dropped_tx.add(lost.len());
+                while let Some(packet) = lost.pop_front() {
+                    used.push_back(packet);
+                }
+            } else if queue.in_flight == 0 && !self.tx.backlog.lock().packets.is_empty() {
+                // There was no memory to map even one packet, and no interrupt will come.
+                queue_work::<{ work::TX }>(self.clone());
+            }
         }
         while let Some(packet) = used.pop_front() {
             packet.consume();
+            cond_resched();
         }
-        self.statistics.dropped_tx.add(failed.len());
-        drop(failed);
-        if was_congested && !self.tx.is_congested() {
-            queue_work::<{ work::RX }>(self.clone());
-        }
+        self.resume_rx();
     }
 
     /// Moves packets from the backlog into the queue, as far as there is room.
-    fn push_waiting(
-        &self,
-        queue: &mut Virtqueue<Outgoing, ToDevice>,
-        failed: &mut SkBuffQueue<Outgoing>,
-    ) {
+    fn push_waiting(&self, queue: &mut TxQueue) {
         loop {
             let Some(packet) = self.tx.backlog.lock().pop_front() else {
                 return;
             };
-            match queue.push(packet) {
-                Ok(()) => {}
-                Err((packet, PushError::Full)) => {
-                    self.tx.backlog.lock().push_front(packet);
-                    return;
-                }
-                Err((packet, PushError::Failed(_))) => failed.push_back(packet),
+            if let Err((packet, _)) = queue.push(packet) {
+                self.tx.backlog.lock().push_front(packet);
+                return;
             }
+            cond_resched();
+        }
+    }
+
+    /// Lets the receiver go on, where it has stopped and few enough answers wait.
+    fn resume_rx(self: &Arc<Self>) {
+        if self.tx.unpark_rx() {
+            queue_work::<{ work::RX }>(self.clone());
         }
     }
 
     /// Frees the packets of a socket that wait. Sleeps.
     pub(crate) fn cancel_waiting(self: ArcBorrow<'_, Self>, socket: &Socket) {
-        let was_congested = self.tx.is_congested();
         // The lock keeps packets from being between backlog and queue.
         let queue = self.tx.queue.lock();
         let cancelled = self
@@ -467,8 +564,6 @@ impl VsockDriver {
             .extract(|packet| packet.is_charged_to(socket));
         drop(queue);
         drop(cancelled);
-        if was_congested && !self.tx.is_congested() {
-            queue_work::<{ work::RX }>(self.into());
-        }
+        Arc::from(self).resume_rx();
     }
 }

@@ -53,14 +53,18 @@ impl SendCredit {
 }
 
 /// What the peer may send: our receive buffer.
+///
+/// The counts are 64 bits wide here, so that they can be compared; on the wire they are cut to 32.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct ReceiveCredit {
     /// Size of our receive buffer.
     buf_alloc: u32,
     /// Bytes of packets that have left the buffer since the connection began.
-    fwd_cnt: u32,
+    fwd_cnt: u64,
     /// `fwd_cnt` as the peer knows it.
-    advertised_fwd_cnt: u32,
+    advertised_fwd_cnt: u64,
+    /// How many bytes the peer was ever allowed to send since the connection began.
+    allowed: u64,
     /// Bytes of the packets that are in the buffer, read in part or not at all.
     held: u32,
     /// Bytes of those that have not been read.
@@ -70,6 +74,15 @@ pub struct ReceiveCredit {
 /// The peer has sent more than its credit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreditExceeded;
+
+/// The credit that a packet carries: its `buf_alloc` and `fwd_cnt` fields.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Advertisement {
+    /// Size of the receive buffer.
+    pub buf_alloc: u32,
+    /// Bytes that have left it.
+    pub fwd_cnt: u32,
+}
 
 impl ReceiveCredit {
     /// A buffer of `buf_alloc` bytes with nothing in it.
@@ -90,15 +103,18 @@ impl ReceiveCredit {
         self.buf_alloc
     }
 
-    /// Changes the size of the buffer. It may become smaller than what is in it.
+    /// Changes the size of the buffer. It may become smaller than what is in it, or on its way.
     pub fn set_buf_alloc(&mut self, buf_alloc: u32) {
         self.buf_alloc = buf_alloc;
     }
 
     /// Takes in a packet of `len` bytes.
+    ///
+    /// A peer may use all the credit that it was ever given, also when the buffer has become smaller since.
     pub fn receive(&mut self, len: u32) -> Result<(), CreditExceeded> {
         let held = self.held.checked_add(len).ok_or(CreditExceeded)?;
-        if held > self.buf_alloc {
+        let sent = self.fwd_cnt + u64::from(held);
+        if sent > self.allowed.max(self.fwd_cnt + u64::from(self.buf_alloc)) {
             return Err(CreditExceeded);
         }
         self.held = held;
@@ -113,18 +129,27 @@ impl ReceiveCredit {
     pub fn consume(&mut self, read: u32, freed: u32) {
         self.unread = self.unread.saturating_sub(read);
         self.held = self.held.saturating_sub(freed);
-        self.fwd_cnt = self.fwd_cnt.wrapping_add(freed);
+        self.fwd_cnt += u64::from(freed);
     }
 
-    /// The `buf_alloc` and `fwd_cnt` for a packet that is about to be sent.
-    pub fn advertise(&mut self) -> (u32, u32) {
+    /// The credit for a packet that is about to be made.
+    pub fn advertisement(&self) -> Advertisement {
+        Advertisement {
+            buf_alloc: self.buf_alloc,
+            // Cut to 32 bits, as the wire has it.
+            fwd_cnt: self.fwd_cnt as u32,
+        }
+    }
+
+    /// Notes that a packet with the present [`advertisement`](Self::advertisement) is on its way.
+    pub fn advertised(&mut self) {
         self.advertised_fwd_cnt = self.fwd_cnt;
-        (self.buf_alloc, self.fwd_cnt)
+        self.allowed = self.allowed.max(self.fwd_cnt + u64::from(self.buf_alloc));
     }
 
     /// Bytes that the peer does not know to be free again.
     pub fn unadvertised(&self) -> u32 {
-        self.fwd_cnt.wrapping_sub(self.advertised_fwd_cnt)
+        u32::try_from(self.fwd_cnt - self.advertised_fwd_cnt).unwrap_or(u32::MAX)
     }
 
     /// Bytes that the peer believes it may send.
