@@ -50,7 +50,10 @@ impl<'a> Initramfs<'a> {
         };
         this.file("bin/busybox", &find_program("busybox")?)?;
         this.file("bin/vsock-guest-agent", &env.agent)?;
-        this.modules(&["virtio_console"])?;
+        // The agent's port. Where there is no such module the kernel has it built in.
+        if this.is_module("virtio_console")? {
+            this.modules(&["virtio_console"])?;
+        }
         Ok(this)
     }
 
@@ -66,17 +69,19 @@ impl<'a> Initramfs<'a> {
         Ok(())
     }
 
-    /// A module and all that it needs, in the order in which they are loaded. One that is built in needs none.
+    fn index(&self) -> Result<String> {
+        let path = self.env.modules.join("modules.dep");
+        fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
+    }
+
+    fn is_module(&self, name: &str) -> Result<bool> {
+        Ok(self.index()?.contains(&format!("/{name}.ko")))
+    }
+
+    /// A module and all that it needs, in the order in which they are loaded.
     fn with_dependencies(&self, name: &str) -> Result<Vec<PathBuf>> {
         let file = format!("/{name}.ko");
-        let read = |index: &str| {
-            let path = self.env.modules.join(index);
-            fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
-        };
-        if read("modules.builtin")?.lines().any(|line| line.ends_with(&file)) {
-            return Ok(Vec::new());
-        }
-        let index = read("modules.dep")?;
+        let index = self.index()?;
         let (module, needs) = index
             .lines()
             .filter_map(|line| line.split_once(':'))
