@@ -73,9 +73,9 @@ void vsock_glue_error_report(struct sock *sk, int err)
 	sk_error_report(sk);
 }
 
-int vsock_glue_take_error(struct sock *sk)
+bool vsock_glue_has_error(const struct sock *sk)
 {
-	return sock_error(sk);
+	return READ_ONCE(sk->sk_err);
 }
 
 void vsock_glue_set_socket_connected(struct sock *sk)

@@ -30,7 +30,7 @@ void vsock_glue_state_change(struct sock *sk);
 void vsock_glue_write_space(struct sock *sk);
 void vsock_glue_data_ready(struct sock *sk);
 void vsock_glue_error_report(struct sock *sk, int err);
-int vsock_glue_take_error(struct sock *sk);
+bool vsock_glue_has_error(const struct sock *sk);
 void vsock_glue_set_socket_connected(struct sock *sk);
 bool vsock_glue_accept_queue_is_full(const struct sock *sk);
 int vsock_glue_rcvlowat(const struct sock *sk);

@@ -462,10 +462,10 @@ impl<'a> LockedSocket<'a> {
         unsafe { bindings::vsock_glue_error_report(self.as_sock(), -error.to_errno()) }
     }
 
-    /// Takes the socket's error away and returns whether there was one.
-    pub(crate) fn take_error(&self) -> bool {
+    /// Whether the socket has an error that nobody has asked for by `SO_ERROR`.
+    pub(crate) fn has_error(&self) -> bool {
         // SAFETY: By the type invariant.
-        unsafe { bindings::vsock_glue_take_error(self.as_sock()) != 0 }
+        unsafe { bindings::vsock_glue_has_error(self.as_sock()) }
     }
 
     /// Wakes those who wait for a change of state.

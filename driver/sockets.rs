@@ -368,13 +368,14 @@ fn tell_of_reset(socket: &LockedSocket<'_>, connection: &Connection) -> Result {
     if connection.reset_state() != ResetState::Untold {
         return Ok(());
     }
-    // SO_ERROR may have told the application already.
-    let told_now = socket.take_error();
+    // SO_ERROR may have told the application already. The error stays for those who are blocked still, and see
+    // it when they get the lock; whoever comes later sees the end of the connection first.
+    let is_news = socket.has_error();
     connection.set_reset_state(ResetState::Told);
     socket.set_shutdown(Directions::BOTH);
     socket.set_done();
     socket.set_state(SocketState::Closed);
-    if told_now {
+    if is_news {
         return Err(ECONNRESET);
     }
     Ok(())

@@ -61,8 +61,12 @@ pub struct ReceiveCredit {
     buf_alloc: u32,
     /// Bytes of packets that have left the buffer since the connection began.
     fwd_cnt: u64,
+    /// `buf_alloc` as the peer knows it.
+    advertised_buf_alloc: u32,
     /// `fwd_cnt` as the peer knows it.
     advertised_fwd_cnt: u64,
+    /// Size of the peer's own receive buffer, 0 where it is not known.
+    peer_buf_alloc: u32,
     /// How many bytes the peer was ever allowed to send since the connection began.
     allowed: u64,
     /// Bytes of the packets that are in the buffer, read in part or not at all.
@@ -108,6 +112,15 @@ impl ReceiveCredit {
         self.buf_alloc = buf_alloc;
     }
 
+    /// Notes what a packet of the peer says of the size of its receive buffer.
+    ///
+    /// Linux never has more on its way than the size of its own receive buffer, so a peer can be out of credit
+    /// while there is plenty of room for it. Until this is known the peer is told of everything that a reader
+    /// waits for.
+    pub fn note_peer_buf_alloc(&mut self, peer_buf_alloc: u32) {
+        self.peer_buf_alloc = peer_buf_alloc;
+    }
+
     /// Takes in a packet of `len` bytes.
     ///
     /// A peer may use all the credit that it was ever given, also when the buffer has become smaller since.
@@ -126,9 +139,12 @@ impl ReceiveCredit {
     ///
     /// On a stream, credit goes back to the peer by whole packets, when their memory is free again. On a
     /// seqpacket socket it goes back by messages (`freed` is `read`): the rest of a message may need it.
+    /// A reader may then wait for no more than the buffer holds besides a packet of which one byte is left.
     pub fn consume(&mut self, read: u32, freed: u32) {
-        self.unread = self.unread.saturating_sub(read);
-        self.held = self.held.saturating_sub(freed);
+        // No more than there is, whatever the caller says.
+        let freed = freed.min(self.held);
+        self.held -= freed;
+        self.unread = self.unread.saturating_sub(read).min(self.held);
         self.fwd_cnt += u64::from(freed);
     }
 
@@ -143,27 +159,31 @@ impl ReceiveCredit {
 
     /// Notes that a packet with the present [`advertisement`](Self::advertisement) is on its way.
     pub fn advertised(&mut self) {
+        self.advertised_buf_alloc = self.buf_alloc;
         self.advertised_fwd_cnt = self.fwd_cnt;
         self.allowed = self.allowed.max(self.fwd_cnt + u64::from(self.buf_alloc));
     }
 
-    /// Bytes that the peer does not know to be free again.
+    /// Bytes of room that the peer does not know of: freed since it was told, or by which the buffer grew.
     pub fn unadvertised(&self) -> u32 {
-        u32::try_from(self.fwd_cnt - self.advertised_fwd_cnt).unwrap_or(u32::MAX)
+        let freed = self.fwd_cnt - self.advertised_fwd_cnt;
+        let grown = self.buf_alloc.saturating_sub(self.advertised_buf_alloc);
+        u32::try_from(freed + u64::from(grown)).unwrap_or(u32::MAX)
     }
 
-    /// Bytes that the peer believes it may send.
+    /// Bytes that the peer surely sends if it has them, going by what it was told.
     fn peer_may_send(&self) -> u32 {
-        self.buf_alloc
-            .saturating_sub(self.held)
-            .saturating_sub(self.unadvertised())
+        let window = self.advertised_buf_alloc.min(self.peer_buf_alloc);
+        let freed = self.fwd_cnt - self.advertised_fwd_cnt;
+        let in_flight = u32::try_from(freed + u64::from(self.held)).unwrap_or(u32::MAX);
+        window.saturating_sub(in_flight)
     }
 
-    /// Whether the peer should be told of freed space now, when a reader waits for `low_water` bytes.
+    /// Whether the peer should be told of room now, when a reader waits for `low_water` bytes.
     ///
-    /// Yes where the peer cannot send what the reader waits for, and where it knows of less than half of
-    /// the buffer while at least half of it (or one full packet) was freed. Everything else can wait for
-    /// the next packet that goes to the peer anyway.
+    /// Yes where the peer may not send what the reader waits for, and where it knows of less than half of
+    /// what it can use while at least half of that (or one full packet) is there. Everything else can wait
+    /// for the next packet that goes to the peer anyway.
     pub fn wants_update(&self, low_water: u32) -> bool {
         let unadvertised = self.unadvertised();
         if unadvertised == 0 {
@@ -171,7 +191,11 @@ impl ReceiveCredit {
         }
         let peer_may_send = self.peer_may_send();
         let reader_starves = self.unread.saturating_add(peer_may_send) < low_water;
-        let half = self.buf_alloc / 2;
+        let usable = match self.peer_buf_alloc {
+            0 => self.buf_alloc,
+            peer_buf_alloc => self.buf_alloc.min(peer_buf_alloc),
+        };
+        let half = usable / 2;
         reader_starves || (peer_may_send <= half && unadvertised >= half.min(MAX_PAYLOAD))
     }
 }

@@ -214,7 +214,9 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
             ]);
         }
         Kind::NestedHost => {
-            qemu.args(["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt", "-smp", "2", "-m", "4096"]);
+            // With more than one processor that has SVM, TCG now and then corrupts the memory of the host's kernel:
+            // one run of upstream's tests in twenty ended in a panic of it, or in a triple fault.
+            qemu.args(["-accel", "tcg", "-cpu", "max,+svm,+npt", "-smp", "1", "-m", "4096"]);
         }
     }
 }

@@ -84,7 +84,6 @@ pub struct NestedGuest {
 /// The host, running.
 pub struct NestedHost {
     pub machine: Machine,
-    dir: PathBuf,
 }
 
 impl NestedHost {
@@ -113,7 +112,6 @@ impl NestedHost {
         .context("the nested host has no KVM or no vhost-vsock")?;
         Ok(Self {
             machine,
-            dir: dir.to_owned(),
         })
     }
 
