@@ -19,9 +19,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::Driver;
-use crate::machine::{faults, Env};
 use crate::agent::{sh, sh_ok, Agent, Ended};
+use crate::machine::{faults, Env};
+use crate::Driver;
 use nested::{GuestSpec, NestedGuest, NestedHost, HOST_ADDRESS};
 pub use throughput::bench;
 use upstream::{parse_list, parse_output, verdict, Role, Sayings, UpstreamTest, Verdict};
@@ -105,7 +105,10 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
         wanted.insert(role, ids);
     }
 
-    let last_of_its_run = tests.iter().find(|test| test.name == LEAVES_REQUESTS).map(|test| test.id);
+    let last_of_its_run = tests
+        .iter()
+        .find(|test| test.name == LEAVES_REQUESTS)
+        .map(|test| test.id);
 
     let spec = GuestSpec {
         cid: 3,
@@ -201,20 +204,22 @@ fn run_upstream(
             match verdict(id, &said.host, &said.guest) {
                 Verdict::Ok => (),
                 Verdict::Failed(text) => {
-                    failed.insert(id, format!("{text}{}", said.trouble()));
+                    failed.insert(id, format!("{text}{}", said.trouble));
                 }
                 Verdict::NotBegun => continue,
             }
             done.push(id);
         }
         if said.lost || done.is_empty() {
-            let trouble = said.trouble();
+            let trouble = &said.trouble;
             for id in remaining.iter().filter(|id| !done.contains(id)) {
                 failed.insert(*id, format!("did not come to its end{trouble}"));
             }
         }
         if said.lost {
-            let state = host.dump(&guest.spec).unwrap_or_else(|error| format!("{error:#}"));
+            let state = host
+                .dump(&guest.spec)
+                .unwrap_or_else(|error| format!("{error:#}"));
             eprintln!("a machine does not answer; what QEMU says of the guest:\n{state}");
             return (failed, true);
         }
@@ -231,28 +236,29 @@ fn run_upstream(
 struct PairSaid {
     host: Sayings,
     guest: Sayings,
-    /// What went wrong beside the tests.
-    trouble: Vec<String>,
+    /// What went wrong beside the tests, a new line each.
+    trouble: String,
     /// Whether a machine does not answer any more.
     lost: bool,
 }
 
-impl PairSaid {
-    fn trouble(&self) -> String {
-        self.trouble.iter().map(|line| format!("\n{line}")).collect()
-    }
-}
-
 /// Runs the tests `ids` of `vsock_test` on both sides.
-fn run_pair(host: &Agent, guest: &NestedGuest, role: Role, ids: &[u32], peer_port: u32) -> PairSaid {
+fn run_pair(
+    host: &Agent,
+    guest: &NestedGuest,
+    role: Role,
+    ids: &[u32],
+    peer_port: u32,
+) -> PairSaid {
     let port = match role {
         Role::GuestServer => guest.spec.forwarded_port(),
         Role::GuestClient => guest.spec.host_port(),
     };
-    let picked = ids.iter().map(|id| format!(" --pick {id}")).collect::<String>();
+    let ids = ids.iter().map(u32::to_string).collect::<Vec<_>>();
+    let picked = ids.join(" --pick ");
     let command = |mode: &str, peer_cid: u32| {
         format!(
-            "vsock_test --mode={mode} --control-port={port} --peer-cid={peer_cid} --peer-port={peer_port}{picked}"
+            "vsock_test --mode={mode} --control-port={port} --peer-cid={peer_cid} --peer-port={peer_port} --pick {picked}"
         )
     };
     let guest_cid = guest.spec.cid;
@@ -270,7 +276,10 @@ fn run_pair(host: &Agent, guest: &NestedGuest, role: Role, ids: &[u32], peer_por
             host,
             &command("server", guest_cid),
             guest,
-            &format!("{} --control-host={HOST_ADDRESS}", command("client", HOST_CID)),
+            &format!(
+                "{} --control-host={HOST_ADDRESS}",
+                command("client", HOST_CID)
+            ),
             port,
         ),
     };
@@ -283,12 +292,14 @@ fn run_pair(host: &Agent, guest: &NestedGuest, role: Role, ids: &[u32], peer_por
             let tests = parse_output(&ended.output);
             if tests.is_empty() {
                 let (status, output) = (ended.status, ended.output.trim());
-                said.trouble.push(format!("{name}: vsock_test ended with status {status}: {output}"));
+                said.trouble.push_str(&format!(
+                    "\n{name}: vsock_test ended with status {status}: {output}"
+                ));
             }
             Some(tests)
         }
         Err(error) => {
-            said.trouble.push(format!("{name}: {error:#}"));
+            said.trouble.push_str(&format!("\n{name}: {error:#}"));
             said.lost = true;
             None
         }
@@ -299,7 +310,9 @@ fn run_pair(host: &Agent, guest: &NestedGuest, role: Role, ids: &[u32], peer_por
     let before_the_last = |sayings: &Sayings| {
         let last = sayings.keys().next_back().copied();
         let ended = sayings.iter().filter(|(id, _)| Some(**id) != last);
-        ended.map(|(id, said)| (*id, said.clone())).collect::<Sayings>()
+        ended
+            .map(|(id, said)| (*id, said.clone()))
+            .collect::<Sayings>()
     };
     said.guest = match (&guest_said, &host_said) {
         (None, Some(host)) => before_the_last(host),
@@ -332,10 +345,20 @@ fn serve_and_connect(
         done"
     );
     if let Err(error) = sh_ok(server, &serve, answer_limit) {
-        let nothing = Ended { status: 0, output: String::new() };
-        return (Err(error.context("vsock_test as server does not listen")), Ok(nothing));
+        let nothing = Ended {
+            status: 0,
+            output: String::new(),
+        };
+        return (
+            Err(error.context("vsock_test as server does not listen")),
+            Ok(nothing),
+        );
     }
-    let client_ended = sh(client, &format!("timeout -s KILL {limit} {client_command}"), answer_limit);
+    let client_ended = sh(
+        client,
+        &format!("timeout -s KILL {limit} {client_command}"),
+        answer_limit,
+    );
     let server_ended = sh(
         server,
         "until [ -e /tmp/server.status ]; do sleep 0.1; done
@@ -370,5 +393,9 @@ fn kernel_log(console: &Path) -> Result<Outcome> {
     if faults.is_empty() {
         return Ok(Outcome::Passed);
     }
-    Ok(Outcome::Failed(format!("{}\nin {}", faults.join("\n"), console.display())))
+    Ok(Outcome::Failed(format!(
+        "{}\nin {}",
+        faults.join("\n"),
+        console.display()
+    )))
 }

@@ -102,17 +102,14 @@ impl NestedHost {
                 ]
             })
             .collect::<Vec<_>>();
-        let machine =
-            Machine::boot(env, Kind::NestedHost, "host", &initramfs, dir, &ports)?;
+        let machine = Machine::boot(env, Kind::NestedHost, "host", &initramfs, dir, &ports)?;
         sh_ok(
             &machine.agent,
             "ifconfig lo 127.0.0.1 up && test -c /dev/kvm && test -c /dev/vhost-vsock",
             BOOT_LIMIT,
         )
         .context("the nested host has no KVM or no vhost-vsock")?;
-        Ok(Self {
-            machine,
-        })
+        Ok(Self { machine })
     }
 
     /// Boots one of the guests and waits for its agent and its driver.
@@ -158,7 +155,8 @@ impl NestedHost {
         let agent = match connection.wait_ready(BOOT_LIMIT) {
             Ok(agent) => agent,
             Err(error) => {
-                let said = sh_ok(&self.machine.agent, &format!("cat {qemu_log}"), BOOT_LIMIT).unwrap_or_default();
+                let said = sh_ok(&self.machine.agent, &format!("cat {qemu_log}"), BOOT_LIMIT)
+                    .unwrap_or_default();
                 return Err(error).context(format!(
                     "{what} did not boot; QEMU in the nested host says: {said:?}; its console is {}",
                     console.display()
@@ -245,7 +243,9 @@ fn add_qemu(image: &mut Initramfs) -> Result<()> {
             .lines()
             .map(|folder| Path::new(folder).join(firmware))
             .find(|path| path.exists())
-            .with_context(|| format!("QEMU's firmware {firmware} is in none of its folders: {folders}"))?;
+            .with_context(|| {
+                format!("QEMU's firmware {firmware} is in none of its folders: {folders}")
+            })?;
         image.file(&format!("usr/share/qemu/{firmware}"), &found)?;
     }
     Ok(())

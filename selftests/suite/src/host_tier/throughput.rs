@@ -8,9 +8,9 @@ use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 
+use super::nested::{GuestSpec, NestedGuest, NestedHost};
 use crate::agent::{sh_ok, Agent};
 use crate::machine::Env;
-use super::nested::{GuestSpec, NestedGuest, NestedHost};
 use crate::Driver;
 
 /// How long one transfer may take. It takes a few seconds.
@@ -85,14 +85,19 @@ impl fmt::Display for Throughput {
             Some((low, median, high)) => format!("{median:.2} ({low:.2} to {high:.2})"),
             None => "-".to_owned(),
         };
-        writeln!(f, "{:<16}{:<24}{:<24}Rust / C", "Gbit/s", "Rust driver", "C driver")?;
+        writeln!(
+            f,
+            "{:<16}{:<24}{:<24}Rust / C",
+            "Gbit/s", "Rust driver", "C driver"
+        )?;
         for direction in [Direction::HostToGuest, Direction::GuestToHost] {
             writeln!(
                 f,
                 "{direction:<16}{:<24}{:<24}{}",
                 cell(Driver::Rs, direction),
                 cell(Driver::C, direction),
-                self.ratio(direction).map_or("-".to_owned(), |ratio| format!("{ratio:.2}"))
+                self.ratio(direction)
+                    .map_or("-".to_owned(), |ratio| format!("{ratio:.2}"))
             )?;
         }
         Ok(())
@@ -171,7 +176,9 @@ fn parse_rate(output: &str) -> Result<f64> {
             .find_map(|line| line.strip_prefix(name)?.split_whitespace().next())
             .with_context(|| format!("vsock_perf printed no {name:?}: {output}"))
     };
-    let received: u64 = field("total bytes received:")?.parse().context("total bytes received")?;
+    let received: u64 = field("total bytes received:")?
+        .parse()
+        .context("total bytes received")?;
     // The receiver ends as soon as it hears of the sender's shutdown, even when there is more to read.
     if received < BYTES / 10 * 9 {
         bail!("only {received} of {BYTES} bytes were received");

@@ -176,7 +176,8 @@ pub fn verdict(id: u32, host: &Sayings, guest: &Sayings) -> Verdict {
 mod tests {
     use super::*;
 
-    const LIST: &str = "ID\tTest name\n0\tSOCK_STREAM connection reset\n1\tSOCK_STREAM poll() + SO_RCVLOWAT\n";
+    const LIST: &str =
+        "ID\tTest name\n0\tSOCK_STREAM connection reset\n1\tSOCK_STREAM poll() + SO_RCVLOWAT\n";
 
     #[test]
     fn a_list_gives_numbers_and_names() {
@@ -210,13 +211,17 @@ mod tests {
         assert_eq!(said[&0], Said::Ok);
         assert_eq!(said[&6], Said::Skipped);
         assert_eq!(said[&29], Said::Ok);
-        assert_eq!(said[&30], Said::Unfinished("connect: Connection reset by peer".into()));
+        assert_eq!(
+            said[&30],
+            Said::Unfinished("connect: Connection reset by peer".into())
+        );
     }
 
     #[test]
     fn a_test_is_ok_when_both_sides_say_so() {
         let host = parse_output("0 - a...ok\n1 - b...ok\n2 - c...skipped\n3 - d...");
-        let guest = parse_output("0 - a...ok\n1 - b...read: Connection reset by peer\n2 - c...skipped\n");
+        let guest =
+            parse_output("0 - a...ok\n1 - b...read: Connection reset by peer\n2 - c...skipped\n");
         assert_eq!(verdict(0, &host, &guest), Verdict::Ok);
         assert_eq!(
             verdict(1, &host, &guest),
