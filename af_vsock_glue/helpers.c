@@ -3,6 +3,7 @@
 #include <linux/net.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
+#include <linux/wait.h>
 
 #include "helpers.h"
 
@@ -73,9 +74,32 @@ void vsock_glue_error_report(struct sock *sk, int err)
 	sk_error_report(sk);
 }
 
-bool vsock_glue_has_error(const struct sock *sk)
+int vsock_glue_take_error(struct sock *sk)
 {
-	return READ_ONCE(sk->sk_err);
+	return sock_error(sk);
+}
+
+/* Whether a call sleeps in recv(), send() or the like; poll() and its kin do not count. */
+bool vsock_glue_has_blocked_callers(struct sock *sk)
+{
+	wait_queue_entry_t *entry;
+	struct socket_wq *wq;
+	unsigned long flags;
+	bool found = false;
+
+	rcu_read_lock();
+	wq = rcu_dereference(sk->sk_wq);
+	if (wq) {
+		spin_lock_irqsave(&wq->wait.lock, flags);
+		list_for_each_entry(entry, &wq->wait.head, entry) {
+			/* What AF_VSOCK waits with; those who poll have functions of their own. */
+			found |= entry->func == autoremove_wake_function ||
+				 entry->func == woken_wake_function;
+		}
+		spin_unlock_irqrestore(&wq->wait.lock, flags);
+	}
+	rcu_read_unlock();
+	return found;
 }
 
 void vsock_glue_set_socket_connected(struct sock *sk)

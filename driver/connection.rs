@@ -197,6 +197,15 @@ pub(crate) enum ResetState {
     Told,
 }
 
+/// What the credit in a packet of the peer changes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PeerCredit {
+    /// More can be sent than before.
+    pub(crate) grew: bool,
+    /// Linux limits what it sends by the size of its own buffer, too, so that it may need an update to go on.
+    pub(crate) peer_buffer_shrank: bool,
+}
+
 /// A message that was read.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct ReadMessage {
@@ -231,13 +240,16 @@ impl Connection {
         self.socket_type
     }
 
-    /// Notes what a packet says of the peer's receive buffer; returns whether more can be sent than before.
-    pub(crate) fn note_peer_credit(&self, buf_alloc: u32, fwd_cnt: u32) -> bool {
+    /// Notes what a packet says of the peer's receive buffer.
+    pub(crate) fn note_peer_credit(&self, buf_alloc: u32, fwd_cnt: u32) -> PeerCredit {
         let mut state = self.state.lock();
         let limit = state.receive.buf_alloc();
         let before = state.send.available(limit);
         state.send.update(buf_alloc, fwd_cnt);
-        state.send.available(limit) > before
+        PeerCredit {
+            grew: state.send.available(limit) > before,
+            peer_buffer_shrank: state.receive.note_peer_buf_alloc(buf_alloc),
+        }
     }
 
     /// Takes up to `wanted` bytes of credit.

@@ -5,6 +5,7 @@
 use super::{
     connection::{Connection, ResetState},
     queue_work,
+    sockets::end_after_reset,
     tx::Message,
     work,
     VsockDriver, //
@@ -213,8 +214,12 @@ impl VsockDriver {
             self.send_reset_reply(header);
             return;
         }
-        if connection.note_peer_credit(header.buf_alloc, header.fwd_cnt) {
+        let credit = connection.note_peer_credit(header.buf_alloc, header.fwd_cnt);
+        if credit.grew {
             socket.write_space();
+        }
+        if credit.peer_buffer_shrank {
+            self.send_wanted_credit_update(socket, connection, socket.low_water());
         }
 
         match step(state, socket.peer_shutdown().bits(), header) {
@@ -353,8 +358,13 @@ impl VsockDriver {
             socket.set_done();
             socket.cancel_close();
         } else if socket.state() == SocketState::Established && !socket.is_done() {
-            // The socket stays established for the core, which asks before_receive() and before_send().
-            socket.set_peer_shutdown(socket.peer_shutdown().with(Directions::SEND));
+            if socket.has_blocked_callers() {
+                // Each of them sees the error itself, which stays for all.
+                end_after_reset(socket, connection);
+            } else {
+                // The socket stays established for the core, which asks before_receive() and before_send().
+                socket.set_peer_shutdown(socket.peer_shutdown().with(Directions::SEND));
+            }
             socket.fail(ECONNRESET);
         }
         socket.remove_from_tables();

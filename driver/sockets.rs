@@ -102,9 +102,8 @@ impl Transport for VsockDriver {
         wanted: usize,
     ) -> Result {
         tell_of_reset(socket, &connection)?;
-        if connection.wants_credit_update(u32::try_from(wanted).unwrap_or(u32::MAX)) {
-            self.send_credit_update(socket, connection, false);
-        }
+        let low_water = u32::try_from(wanted).unwrap_or(u32::MAX);
+        self.send_wanted_credit_update(socket, connection, low_water);
         Ok(())
     }
 
@@ -124,7 +123,7 @@ impl Transport for VsockDriver {
         let received = connection.dequeue(len, |packet, offset, part| {
             packet.copy_to(offset, message, part)
         })?;
-        self.update_credit_of_reader(socket, connection);
+        self.send_wanted_credit_update(socket, connection, socket.low_water());
         Ok(received)
     }
 
@@ -142,7 +141,7 @@ impl Transport for VsockDriver {
             connection.peek_message(room, copy)
         } else {
             let read = connection.dequeue_message(room, copy);
-            self.update_credit_of_reader(socket, connection);
+            self.send_wanted_credit_update(socket, connection, socket.low_water());
             read
         }?;
         let read = read.unwrap_or_default();
@@ -197,6 +196,7 @@ impl Transport for VsockDriver {
             if let Err(error) = sent {
                 message.rewind(before);
                 connection.return_send_credit(left);
+                let error = self.error_of_connection(socket, &connection, error);
                 if left == credit {
                     if let Some(zero_copy) = &mut zero_copy {
                         zero_copy.set_unused();
@@ -272,9 +272,7 @@ impl Transport for VsockDriver {
         low_water: u32,
     ) {
         // A sender that waits for room must not wait for a reader that waits for more data.
-        if connection.wants_credit_update(low_water) {
-            self.send_credit_update(socket, connection, false);
-        }
+        self.send_wanted_credit_update(socket, connection, low_water);
     }
 }
 
@@ -287,17 +285,31 @@ enum Closed {
 }
 
 impl VsockDriver {
-    /// Tells the peer of room that a reader has made, where it should know now.
-    fn update_credit_of_reader(
+    /// Tells the peer of room where it should know of it now, for a reader that waits for `low_water` bytes.
+    pub(crate) fn send_wanted_credit_update(
         &self,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Connection>,
+        low_water: u32,
     ) {
-        if socket.state() == SocketState::Established
-            && connection.wants_credit_update(socket.low_water())
-        {
+        if socket.state() == SocketState::Established && connection.wants_credit_update(low_water) {
             self.send_credit_update(socket, connection, false);
         }
+    }
+
+    /// What `error` of sending is to an application that has a connection: without the device that has gone too.
+    fn error_of_connection(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+        error: Error,
+    ) -> Error {
+        if error != ENODEV {
+            return error;
+        }
+        // Whoever takes the device away comes to this socket later.
+        self.reset_connection(socket, connection);
+        tell_of_reset(socket, connection).err().unwrap_or(ECONNRESET)
     }
 
     /// Says goodbye to the peer of a socket that is being closed.
@@ -368,15 +380,18 @@ fn tell_of_reset(socket: &LockedSocket<'_>, connection: &Connection) -> Result {
     if connection.reset_state() != ResetState::Untold {
         return Ok(());
     }
-    // SO_ERROR may have told the application already. The error stays for those who are blocked still, and see
-    // it when they get the lock; whoever comes later sees the end of the connection first.
-    let is_news = socket.has_error();
+    end_after_reset(socket, connection);
+    // SO_ERROR may have told the application already.
+    if socket.take_error() {
+        return Err(ECONNRESET);
+    }
+    Ok(())
+}
+
+/// Lets later calls find the end of a connection that was reset, of which the application knows.
+pub(super) fn end_after_reset(socket: &LockedSocket<'_>, connection: &Connection) {
     connection.set_reset_state(ResetState::Told);
     socket.set_shutdown(Directions::BOTH);
     socket.set_done();
     socket.set_state(SocketState::Closed);
-    if is_news {
-        return Err(ECONNRESET);
-    }
-    Ok(())
 }

@@ -65,7 +65,7 @@ pub struct ReceiveCredit {
     advertised_buf_alloc: u32,
     /// `fwd_cnt` as the peer knows it.
     advertised_fwd_cnt: u64,
-    /// Size of the peer's own receive buffer, 0 where it is not known.
+    /// Size of the peer's own receive buffer, as it told us last.
     peer_buf_alloc: u32,
     /// How many bytes the peer was ever allowed to send since the connection began.
     allowed: u64,
@@ -93,6 +93,7 @@ impl ReceiveCredit {
     pub fn new(buf_alloc: u32) -> Self {
         ReceiveCredit {
             buf_alloc,
+            peer_buf_alloc: u32::MAX,
             ..Default::default()
         }
     }
@@ -112,13 +113,15 @@ impl ReceiveCredit {
         self.buf_alloc = buf_alloc;
     }
 
-    /// Notes what a packet of the peer says of the size of its receive buffer.
+    /// Notes what a packet of the peer says of the size of its receive buffer; returns whether that has shrunk.
     ///
-    /// Linux never has more on its way than the size of its own receive buffer, so a peer can be out of credit
-    /// while there is plenty of room for it. Until this is known the peer is told of everything that a reader
-    /// waits for.
-    pub fn note_peer_buf_alloc(&mut self, peer_buf_alloc: u32) {
+    /// Linux never has more on its way than the size of its own receive buffer, so a peer may wait for news while
+    /// there is plenty of room for it. After a shrink it may wait for what was not worth an update before:
+    /// [`wants_update`](Self::wants_update) is to be asked again.
+    pub fn note_peer_buf_alloc(&mut self, peer_buf_alloc: u32) -> bool {
+        let shrank = peer_buf_alloc < self.peer_buf_alloc;
         self.peer_buf_alloc = peer_buf_alloc;
+        shrank
     }
 
     /// Takes in a packet of `len` bytes.
@@ -191,11 +194,7 @@ impl ReceiveCredit {
         }
         let peer_may_send = self.peer_may_send();
         let reader_starves = self.unread.saturating_add(peer_may_send) < low_water;
-        let usable = match self.peer_buf_alloc {
-            0 => self.buf_alloc,
-            peer_buf_alloc => self.buf_alloc.min(peer_buf_alloc),
-        };
-        let half = usable / 2;
+        let half = self.buf_alloc.min(self.peer_buf_alloc) / 2;
         reader_starves || (peer_may_send <= half && unadvertised >= half.min(MAX_PAYLOAD))
     }
 }

@@ -3,14 +3,20 @@
 //! The virtqueues, as QEMU's vhost-user frontend drives them.
 
 use std::io::{Read, Result, Write};
+use std::sync::atomic::Ordering;
 use std::sync::Arc;
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
 use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard, GuestMemoryMmap};
+use vm_memory::{
+    Address, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard,
+    GuestMemoryMmap,
+};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::device::{lock, ForGuest, Queue, Shared, State};
@@ -60,15 +66,38 @@ impl Backend {
             return 0;
         }
         queue
-            .avail_idx(&*self.memory.memory(), std::sync::atomic::Ordering::Acquire)
+            .avail_idx(&*self.memory.memory(), Ordering::Acquire)
             .map_or(0, |avail| avail.0.wrapping_sub(queue.next_avail()))
+    }
+
+    /// Writes a used ring's next entry as it was asked for: the crates would refuse what no driver has posted.
+    fn forge_completion(&self, vring: &VringRwLock<Memory>, descriptor: u16, len: u32) {
+        let mut state = vring.get_mut();
+        let queue = state.get_queue_mut();
+        let memory = self.memory.memory();
+        let used_ring = GuestAddress(queue.used_ring());
+        let next = queue.next_used();
+        // After the ring's flags and index, 4 bytes, come entries of 8.
+        let entry = used_ring.unchecked_add(4 + u64::from(next % queue.size()) * 8);
+        let next = next.wrapping_add(1);
+        memory
+            .write_obj(
+                (u64::from(descriptor) | (u64::from(len) << 32)).to_le(),
+                entry,
+            )
+            .and_then(|()| {
+                memory.store(next.to_le(), used_ring.unchecked_add(2), Ordering::Release)
+            })
+            .expect("the used ring is in the guest's memory");
+        queue.set_next_used(next);
     }
 
     /// Takes packets from the guest.
     fn process_tx(&self, vring: &VringRwLock<Memory>) -> bool {
         let mut used = false;
         loop {
-            if lock(&self.shared.state).hold_tx || self.shared.switch.is_congested() {
+            if lock(&self.shared.state).hold_tx || self.shared.switch.is_congested_for(&self.shared)
+            {
                 return used;
             }
             let Some(chain) = self.pop(vring) else {
@@ -94,7 +123,9 @@ impl Backend {
     fn packet_from_guest(&self, packet: Packet) {
         let manual = {
             let mut state = lock(&self.shared.state);
-            state.observers.retain(|observer| observer.send(packet.clone()).is_ok());
+            state
+                .observers
+                .retain(|observer| observer.send(packet.clone()).is_ok());
             state.manual
         };
         if !manual {
@@ -179,7 +210,7 @@ impl Backend {
                         Queue::Tx => TX,
                         Queue::Event => EVENT,
                     };
-                    let _ = vrings[queue].add_used(descriptor, len);
+                    self.forge_completion(&vrings[queue], descriptor, len);
                     used[queue] = true;
                 }
                 state.posted = (self.posted(&vrings[RX]), self.posted(&vrings[EVENT]));
@@ -221,9 +252,9 @@ impl VhostUserBackend for Backend {
     }
 
     fn features(&self) -> u64 {
-        1 << VIRTIO_F_VERSION_1
-            | 1 << VIRTIO_RING_F_EVENT_IDX
-            | 1 << VIRTIO_RING_F_INDIRECT_DESC
+        (1 << VIRTIO_F_VERSION_1)
+            | (1 << VIRTIO_RING_F_EVENT_IDX)
+            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
             | self.shared.features
     }
@@ -261,7 +292,10 @@ impl VhostUserBackend for Backend {
         if device_event == WAKE {
             self.shared.drain_wake();
         }
-        if vrings.iter().any(|vring| !vring.get_ref().get_queue().ready()) {
+        if vrings
+            .iter()
+            .any(|vring| !vring.get_ref().get_queue().ready())
+        {
             // The guest has not started the device yet, or has stopped it.
             return Ok(());
         }

@@ -165,7 +165,9 @@ impl Bridge {
     }
 
     fn send(&self, connection: &Connection, op: Op, flags: u32, payload: Vec<u8>) {
-        let Some(device) = self.device.upgrade() else { return };
+        let Some(device) = self.device.upgrade() else {
+            return;
+        };
         let fwd_cnt = lock(&connection.state).fwd_cnt;
         device.send_to_guest(Packet {
             src_cid: HOST_CID,
@@ -206,7 +208,9 @@ impl Bridge {
         let key = (packet.src_port, packet.dst_port);
         let connection = lock(&self.connections).open.get(&key).cloned();
         match (connection, packet.op) {
-            (None, Op::REQUEST) if packet.socket_type == TYPE_STREAM => self.connect_to_host(&packet),
+            (None, Op::REQUEST) if packet.socket_type == TYPE_STREAM => {
+                self.connect_to_host(&packet)
+            }
             (None, _) => self.refuse(&packet),
             (Some(connection), op) => {
                 lock(&connection.state).note_credit(&packet);
@@ -280,7 +284,8 @@ impl Bridge {
     fn pump_to_guest(&self, connection: &Connection) {
         let mut buffer = vec![0; MAX_PAYLOAD];
         loop {
-            let room = connection.wait(|state| (state.reset || state.credit() > 0).then(|| state.credit()));
+            let room = connection
+                .wait(|state| (state.reset || state.credit() > 0).then(|| state.credit()));
             if lock(&connection.state).reset {
                 return;
             }
@@ -317,7 +322,12 @@ impl Bridge {
             });
             let Some(payload) = payload else { break };
             if (&connection.stream).write_all(&payload).is_err() {
-                self.send(connection, Op::SHUTDOWN, SHUTDOWN_RCV | SHUTDOWN_SEND, Vec::new());
+                self.send(
+                    connection,
+                    Op::SHUTDOWN,
+                    SHUTDOWN_RCV | SHUTDOWN_SEND,
+                    Vec::new(),
+                );
                 break;
             }
             let wants_update = {
@@ -359,7 +369,11 @@ impl Connection {
         let unread = !state.received.is_empty();
         drop(state);
         // What the guest has sent before it closed is still written.
-        let _ = self.stream.shutdown(if unread { Shutdown::Read } else { Shutdown::Both });
+        let _ = self.stream.shutdown(if unread {
+            Shutdown::Read
+        } else {
+            Shutdown::Both
+        });
         self.changed.notify_all();
     }
 

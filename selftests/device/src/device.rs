@@ -21,7 +21,7 @@ use crate::bridge::Bridge;
 use crate::packet::Packet;
 use crate::switch::Switch;
 
-/// How many packets may wait for a guest before the switch takes no more from any.
+/// How many packets may wait for a guest before the switch takes no more from the others.
 const CONGESTED: usize = 512;
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
@@ -29,7 +29,9 @@ const EVENT_TRANSPORT_RESET: u32 = 0;
 
 /// Locks a mutex. What it guards stays consistent when a thread panics, so poison does not matter.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// What a device is like.
@@ -70,7 +72,10 @@ pub(crate) enum ForGuest {
     /// A packet, split where a buffer is smaller.
     Packet(Packet),
     /// Bytes as a test wants them, with the used length that it wants.
-    Raw { bytes: Vec<u8>, used_len: Option<u32> },
+    Raw {
+        bytes: Vec<u8>,
+        used_len: Option<u32>,
+    },
 }
 
 /// What device and test share.
@@ -125,7 +130,9 @@ impl Shared {
     }
 
     pub(crate) fn send_to_guest(&self, packet: Packet) {
-        lock(&self.state).for_guest.push_back(ForGuest::Packet(packet));
+        lock(&self.state)
+            .for_guest
+            .push_back(ForGuest::Packet(packet));
         self.wake();
     }
 }
@@ -168,8 +175,9 @@ impl Device {
                 .register_listener(shared.wake.as_raw_fd(), EventSet::IN, WAKE.into())
                 .context("watching the device's eventfd")?;
         }
-        let mut listener = Listener::new(&config.socket, true)
-            .map_err(|error| anyhow::anyhow!("listening on {}: {error}", config.socket.display()))?;
+        let mut listener = Listener::new(&config.socket, true).map_err(|error| {
+            anyhow::anyhow!("listening on {}: {error}", config.socket.display())
+        })?;
         let serving = std::thread::Builder::new()
             .name(format!("vsock-device-{}", config.guest_cid))
             .spawn(move || {
@@ -201,7 +209,12 @@ impl Device {
     }
 
     /// Waits until `ready` holds, or says what it waited for.
-    fn wait_until(&self, what: &str, limit: Duration, ready: impl Fn(&State) -> bool) -> Result<()> {
+    fn wait_until(
+        &self,
+        what: &str,
+        limit: Duration,
+        ready: impl Fn(&State) -> bool,
+    ) -> Result<()> {
         let end = Instant::now() + limit;
         let mut state = lock(&self.shared.state);
         while !ready(&state) {
@@ -227,7 +240,9 @@ impl Device {
     /// Waits until everything that was injected is with the guest.
     pub fn wait_delivered(&self, limit: Duration) -> Result<()> {
         self.wait_until("the guest to take its packets and events", limit, |state| {
-            state.for_guest.is_empty() && state.events.is_empty() && state.forged_completions.is_empty()
+            state.for_guest.is_empty()
+                && state.events.is_empty()
+                && state.forged_completions.is_empty()
         })
     }
 

@@ -31,7 +31,11 @@ impl FromStr for Guest {
         for part in text.split(',') {
             match part.split_once('=') {
                 Some(("cid", value)) => {
-                    cid = Some(value.parse().with_context(|| format!("the CID {value:?} is no number"))?);
+                    cid = Some(
+                        value
+                            .parse()
+                            .with_context(|| format!("the CID {value:?} is no number"))?,
+                    );
                 }
                 Some(("socket", value)) => socket = Some(PathBuf::from(value)),
                 Some(("uds-path", value)) => uds_path = Some(PathBuf::from(value)),

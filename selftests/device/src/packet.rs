@@ -68,8 +68,8 @@ impl Packet {
     pub fn from_bytes(bytes: &[u8]) -> Option<Packet> {
         let (header, rest) = bytes.split_at_checked(HEADER_LEN)?;
         let u16_at = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
-        let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
-        let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
+        let u32_at = |at: usize| u32::from(u16_at(at)) | (u32::from(u16_at(at + 2)) << 16);
+        let u64_at = |at: usize| u64::from(u32_at(at)) | (u64::from(u32_at(at + 4)) << 32);
         Some(Packet {
             src_cid: u64_at(0),
             dst_cid: u64_at(8),
@@ -176,6 +176,9 @@ mod tests {
         assert_eq!((first.payload.as_slice(), first.flags), (&b"payl"[..], 0));
         assert_eq!((rest.payload.as_slice(), rest.flags), (&b"oad"[..], 3));
         assert_eq!(packet().split_to_fit(HEADER_LEN), None);
-        assert_eq!(packet().split_to_fit(HEADER_LEN + 7), Some((packet(), None)));
+        assert_eq!(
+            packet().split_to_fit(HEADER_LEN + 7),
+            Some((packet(), None))
+        );
     }
 }

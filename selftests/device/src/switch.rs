@@ -29,12 +29,19 @@ impl Switch {
     }
 
     fn all(&self) -> Vec<Arc<Shared>> {
-        lock(&self.devices).values().filter_map(Weak::upgrade).collect()
+        lock(&self.devices)
+            .values()
+            .filter_map(Weak::upgrade)
+            .collect()
     }
 
-    /// Whether some guest takes packets so slowly that no more should be taken from any.
-    pub(crate) fn is_congested(&self) -> bool {
-        self.all().iter().any(|device| device.is_congested())
+    /// Whether some other guest takes packets so slowly that no more should be taken from this device's.
+    ///
+    /// A guest that is behind with its packets may send all the same: it may have stopped because its answers wait.
+    pub(crate) fn is_congested_for(&self, device: &Arc<Shared>) -> bool {
+        self.all()
+            .iter()
+            .any(|other| !Arc::ptr_eq(other, device) && other.is_congested())
     }
 
     /// Lets all devices look at their queues again, after congestion has ended.
@@ -58,7 +65,9 @@ impl Switch {
             }
             return;
         }
-        let to = lock(&self.devices).get(&packet.dst_cid).and_then(Weak::upgrade);
+        let to = lock(&self.devices)
+            .get(&packet.dst_cid)
+            .and_then(Weak::upgrade);
         match to {
             Some(to) => to.send_to_guest(packet),
             None => refuse(from, &packet),

@@ -143,7 +143,11 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
             json!(sys::set_nonblocking(fd, number != 0)?)
         }
         "poll" => {
-            let Poll { fd, events, timeout_ms } = params(given)?;
+            let Poll {
+                fd,
+                events,
+                timeout_ms,
+            } = params(given)?;
             json!(sys::poll(fd, events as i16, timeout_ms)?)
         }
         "epoll" => {
@@ -155,11 +159,23 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
             json!(sys::epoll_wait(fd, timeout_ms)?)
         }
         "setsockopt" => {
-            let SockOption { fd, level, name, value, .. } = params(given)?;
+            let SockOption {
+                fd,
+                level,
+                name,
+                value,
+                ..
+            } = params(given)?;
             json!(sys::set_option(fd, level, name, &value)?)
         }
         "getsockopt" => {
-            let SockOption { fd, level, name, len, .. } = params(given)?;
+            let SockOption {
+                fd,
+                level,
+                name,
+                len,
+                ..
+            } = params(given)?;
             json!(sys::option(fd, level, name, len)?)
         }
         "siocinq" => json!(sys::ioctl_int(params::<Fd>(given)?.fd, libc::FIONREAD)?),

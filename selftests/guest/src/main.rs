@@ -57,7 +57,9 @@ fn answer(request: &Request, answers: &Mutex<File>) {
     }
     .to_string();
     answer.push('\n');
-    let mut port = answers.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    let mut port = answers
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner());
     // Without the port there is nobody to tell.
     let _ = port.write_all(answer.as_bytes());
 }

@@ -109,7 +109,14 @@ pub enum End {
 
 pub fn accept(fd: RawFd) -> io::Result<RawFd> {
     // SAFETY: Null pointers ask for no address.
-    check(unsafe { libc::accept4(fd, std::ptr::null_mut(), std::ptr::null_mut(), libc::SOCK_CLOEXEC) })
+    check(unsafe {
+        libc::accept4(
+            fd,
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+            libc::SOCK_CLOEXEC,
+        )
+    })
 }
 
 pub fn name(fd: RawFd, end: End) -> io::Result<(u32, u32)> {
@@ -128,7 +135,14 @@ pub fn name(fd: RawFd, end: End) -> io::Result<(u32, u32)> {
 
 pub fn send(fd: RawFd, bytes: &[u8], flags: libc::c_int) -> io::Result<usize> {
     // SAFETY: The buffer is as long as it is said to be.
-    check_size(unsafe { libc::send(fd, bytes.as_ptr().cast(), bytes.len(), flags | libc::MSG_NOSIGNAL) })
+    check_size(unsafe {
+        libc::send(
+            fd,
+            bytes.as_ptr().cast(),
+            bytes.len(),
+            flags | libc::MSG_NOSIGNAL,
+        )
+    })
 }
 
 pub fn recv(fd: RawFd, bytes: &mut [u8], flags: libc::c_int) -> io::Result<usize> {
@@ -175,7 +189,12 @@ pub fn epoll_wait(epoll: RawFd, timeout_ms: libc::c_int) -> io::Result<u32> {
     Ok(if count == 0 { 0 } else { event.events })
 }
 
-pub fn set_option(fd: RawFd, level: libc::c_int, name: libc::c_int, value: &[u8]) -> io::Result<()> {
+pub fn set_option(
+    fd: RawFd,
+    level: libc::c_int,
+    name: libc::c_int,
+    value: &[u8],
+) -> io::Result<()> {
     let len = value.len() as libc::socklen_t;
     // SAFETY: The value is as long as it is said to be.
     check(unsafe { libc::setsockopt(fd, level, name, value.as_ptr().cast(), len) }).map(drop)

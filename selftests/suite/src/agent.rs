@@ -61,8 +61,12 @@ impl Pending {
     pub fn wait<T: DeserializeOwned>(self, limit: Duration) -> Result<T, CallError> {
         let answer = self.answer.recv_timeout(limit).map_err(|error| {
             CallError::Lost(match error {
-                RecvTimeoutError::Timeout => anyhow!("waited {} s for {}", limit.as_secs(), self.what),
-                RecvTimeoutError::Disconnected => anyhow!("the machine went away during {}", self.what),
+                RecvTimeoutError::Timeout => {
+                    anyhow!("waited {} s for {}", limit.as_secs(), self.what)
+                }
+                RecvTimeoutError::Disconnected => {
+                    anyhow!("the machine went away during {}", self.what)
+                }
             })
         })?;
         let value = answer.map_err(CallError::Errno)?;
@@ -72,7 +76,10 @@ impl Pending {
     /// That the call does not end for a while.
     pub fn expect_blocked(&self, time: Duration) -> Result<()> {
         match self.answer.recv_timeout(time) {
-            Ok(answer) => Err(anyhow!("{} ended with {answer:?} instead of blocking", self.what)),
+            Ok(answer) => Err(anyhow!(
+                "{} ended with {answer:?} instead of blocking",
+                self.what
+            )),
             Err(_) => Ok(()),
         }
     }
@@ -89,7 +96,8 @@ impl Agent {
             match UnixStream::connect(socket) {
                 Ok(port) => break port,
                 Err(error) if Instant::now() > end => {
-                    return Err(error).with_context(|| format!("connecting to {}", socket.display()));
+                    return Err(error)
+                        .with_context(|| format!("connecting to {}", socket.display()));
                 }
                 // There is no event to wait for: QEMU has not made the socket.
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
@@ -133,7 +141,12 @@ impl Agent {
     }
 
     /// Makes a call and waits for its result.
-    pub fn call<T: DeserializeOwned>(&self, method: &str, params: Value, limit: Duration) -> Result<T, CallError> {
+    pub fn call<T: DeserializeOwned>(
+        &self,
+        method: &str,
+        params: Value,
+        limit: Duration,
+    ) -> Result<T, CallError> {
         self.start(method, params).wait(limit)
     }
 }
@@ -142,7 +155,9 @@ fn deliver(line: &str, waiting: &Waiting) {
     let Ok(mut answer) = serde_json::from_str::<Value>(line) else {
         return;
     };
-    let Some(id) = answer["id"].as_u64() else { return };
+    let Some(id) = answer["id"].as_u64() else {
+        return;
+    };
     let result = match answer.get("error").and_then(Value::as_str) {
         Some(error) => Err(error.to_owned()),
         None => Ok(answer["ok"].take()),
@@ -168,6 +183,9 @@ pub fn sh(agent: &Agent, script: &str, limit: Duration) -> Result<Ended> {
 /// Runs a script that has to succeed, and gives what it printed.
 pub fn sh_ok(agent: &Agent, script: &str, limit: Duration) -> Result<String> {
     let Ended { status, output } = sh(agent, script, limit)?;
-    ensure!(status == 0, "{script:?} ended with status {status}: {output}");
+    ensure!(
+        status == 0,
+        "{script:?} ended with status {status}: {output}"
+    );
     Ok(output)
 }

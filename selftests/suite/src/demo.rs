@@ -30,14 +30,21 @@ pub fn run(env: &Env) -> Result<bool> {
     let ours = match show(env) {
         Ok(ours) => ours,
         Err(error) => {
-            println!("\nFAILED: {error:#}\nThe machine's files are in {}", env.run.display());
+            println!(
+                "\nFAILED: {error:#}\nThe machine's files are in {}",
+                env.run.display()
+            );
             return Ok(false);
         }
     };
     println!("\nThe same reset with the C driver, vmw_vsock_virtio_transport:");
     let lab = Lab::new(env, Driver::C, "demo-c")?;
-    let guest = step("boot a guest with the C driver", || Ok((lab.guest()?, String::new())))?;
-    let theirs = step("reset its device to another CID", || Ok((observe_reset(&guest)?, String::new())))?;
+    let guest = step("boot a guest with the C driver", || {
+        Ok((lab.guest()?, String::new()))
+    })?;
+    let theirs = step("reset its device to another CID", || {
+        Ok((observe_reset(&guest)?, String::new()))
+    })?;
     println!("\n{}", Comparison { ours, theirs });
     println!("Every step was verified.");
     Ok(true)
@@ -47,7 +54,11 @@ pub fn run(env: &Env) -> Result<bool> {
 fn step<T>(what: &str, act: impl FnOnce() -> Result<(T, String)>) -> Result<T> {
     let begun = Instant::now();
     let (result, detail) = act().with_context(|| what.to_owned())?;
-    let text = if detail.is_empty() { what.to_owned() } else { format!("{what}: {detail}") };
+    let text = if detail.is_empty() {
+        what.to_owned()
+    } else {
+        format!("{what}: {detail}")
+    };
     println!("  {text:WIDTH$} {:6.1} s", begun.elapsed().as_secs_f64());
     Ok(result)
 }
@@ -56,7 +67,8 @@ fn show(env: &Env) -> Result<Observed> {
     let lab = Lab::new(env, Driver::Rs, "demo")?;
     let mut guest = step("boot a guest, load the module", || {
         let guest = lab.guest()?;
-        let driver = guest.sh("basename $(readlink /sys/bus/virtio/drivers/virtio_vsock_rs/virtio*/driver)")?;
+        let driver = guest
+            .sh("basename $(readlink /sys/bus/virtio/drivers/virtio_vsock_rs/virtio*/driver)")?;
         expect_eq("the device's driver", driver.trim(), "virtio_vsock_rs")?;
         let cid = guest.local_cid()?;
         Ok((guest, format!("CID {cid}")))
@@ -77,11 +89,14 @@ fn show(env: &Env) -> Result<Observed> {
         Ok(((), sent))
     })?;
     guest.close(listener)?;
-    let observed = step("reset the device to another CID, as a migration does", || {
-        let observed = observe_reset(&guest)?;
-        let detail = format!("{GUEST_CID} is now {NEW_CID}");
-        Ok((observed, detail))
-    })?;
+    let observed = step(
+        "reset the device to another CID, as a migration does",
+        || {
+            let observed = observe_reset(&guest)?;
+            let detail = format!("{GUEST_CID} is now {NEW_CID}");
+            Ok((observed, detail))
+        },
+    )?;
     step("the open connection has failed", || {
         let (recv, after) = (&observed.recv, &observed.recv_again);
         expect_eq("recv()", recv.as_str(), "ECONNRESET")?;
@@ -118,7 +133,11 @@ fn exchange(guest: &Guest, fd: i32, mut host: UnixStream) -> Result<String> {
     expect_eq("bytes sent", sending.wait::<u64>(LIMIT)?, AMOUNT)?;
     let returning = guest.start_recv_pattern(fd, 1, AMOUNT);
     host.write_all(&data).context("writing at the host")?;
-    expect_eq("bytes that came back", returning.wait::<u64>(LIMIT)?, AMOUNT)?;
+    expect_eq(
+        "bytes that came back",
+        returning.wait::<u64>(LIMIT)?,
+        AMOUNT,
+    )?;
     let rate = 2.0 * AMOUNT as f64 / begun.elapsed().as_secs_f64() / 1e6;
     drop(host);
     expect_eq("the guest's last read", guest.recv(fd, 1)?, String::new())?;
@@ -147,7 +166,9 @@ fn observe_reset(guest: &Guest) -> Result<Observed> {
     let blocked = guest.start("recv", serde_json::json!({"fd": blocked, "len": 1}));
     blocked.expect_blocked(Duration::from_millis(200))?;
     guest.device.transport_reset(u64::from(NEW_CID));
-    wait_for("the guest to have its new CID", || Ok(guest.local_cid()? == NEW_CID))?;
+    wait_for("the guest to have its new CID", || {
+        Ok(guest.local_cid()? == NEW_CID)
+    })?;
     let blocked = outcome(blocked.wait::<String>(LIMIT))?;
     let recv = outcome(guest.recv(reader, 1))?;
     let recv_again = outcome(guest.recv(reader, 1))?;
@@ -192,13 +213,18 @@ struct Comparison {
 
 impl std::fmt::Display for Comparison {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let mut row = |what: &str, ours: &str, theirs: &str| writeln!(f, "  {what:44} {ours:18} {theirs}");
+        let mut row =
+            |what: &str, ours: &str, theirs: &str| writeln!(f, "  {what:44} {ours:18} {theirs}");
         let (ours, theirs) = (&self.ours, &self.theirs);
         row("after the reset", "virtio_vsock_rs", "C driver")?;
         row("recv() that was blocked", &ours.blocked, &theirs.blocked)?;
         row("recv()", &ours.recv, &theirs.recv)?;
         row("recv() once more", &ours.recv_again, &theirs.recv_again)?;
         row("send()", &ours.send, &theirs.send)?;
-        row("connection to the listener at the new CID", &ours.reconnect, &theirs.reconnect)
+        row(
+            "connection to the listener at the new CID",
+            &ours.reconnect,
+            &theirs.reconnect,
+        )
     }
 }

@@ -160,7 +160,11 @@ fn module_name(path: &Path) -> Result<String> {
 /// What is in a file; a compressed module is decompressed.
 fn read_decompressed(path: &Path) -> Result<Vec<u8>> {
     if path.extension().is_some_and(|extension| extension == "xz") {
-        let output = Command::new("xz").arg("-dc").arg(path).output().context("running xz")?;
+        let output = Command::new("xz")
+            .arg("-dc")
+            .arg(path)
+            .output()
+            .context("running xz")?;
         let said = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "xz -dc {}: {said}", path.display());
         return Ok(output.stdout);
@@ -199,7 +203,9 @@ impl Archive {
         let links = 1;
         let (size, name_size) = (content.len() as u32, name.len() as u32 + 1);
         // inode, mode, uid, gid, links, mtime, size, device numbers, length of the name, checksum
-        let fields = [self.inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0];
+        let fields = [
+            self.inode, mode, 0, 0, links, 0, size, 0, 0, 0, 0, name_size, 0,
+        ];
         self.bytes.extend(b"070701");
         for field in fields {
             self.bytes.extend(format!("{field:08x}").bytes());

@@ -85,14 +85,26 @@ impl<'a> Lab<'a> {
         }
         let image = self.dir.join(format!("{name}.cpio"));
         initramfs.write(&image)?;
-        let machine = Machine::boot(self.env, Kind::Guest { device: &socket }, &name, &image, &self.dir, &[])?;
+        let machine = Machine::boot(
+            self.env,
+            Kind::Guest { device: &socket },
+            &name,
+            &image,
+            &self.dir,
+            &[],
+        )?;
         crate::lock(&self.consoles).push(machine.console.clone());
         // It is large, and not needed any more.
         let _ = std::fs::remove_file(image);
         if driver.is_some() {
             device.wait_ready(LIMIT)?;
         }
-        Ok(Guest { machine, device, uds, cid })
+        Ok(Guest {
+            machine,
+            device,
+            uds,
+            cid,
+        })
     }
 }
 
@@ -112,7 +124,11 @@ pub type Call<T> = Result<T, CallError>;
 pub const STREAM: i32 = 1;
 
 impl Guest {
-    fn call<T: serde::de::DeserializeOwned>(&self, method: &str, params: serde_json::Value) -> Call<T> {
+    fn call<T: serde::de::DeserializeOwned>(
+        &self,
+        method: &str,
+        params: serde_json::Value,
+    ) -> Call<T> {
         self.machine.agent.call(method, params, LIMIT)
     }
 
@@ -194,12 +210,18 @@ impl Guest {
     }
 
     pub fn set_nonblocking(&self, fd: i32, on: bool) -> Call<()> {
-        self.call("set_nonblocking", json!({"fd": fd, "number": i32::from(on)}))
+        self.call(
+            "set_nonblocking",
+            json!({"fd": fd, "number": i32::from(on)}),
+        )
     }
 
     pub fn start_poll(&self, fd: i32, events: i16, limit: Duration) -> Pending {
         let ms = limit.as_millis() as i32;
-        self.start("poll", json!({"fd": fd, "events": events, "timeout_ms": ms}))
+        self.start(
+            "poll",
+            json!({"fd": fd, "events": events, "timeout_ms": ms}),
+        )
     }
 
     /// What poll() says within a limit.
@@ -208,7 +230,10 @@ impl Guest {
     }
 
     pub fn epoll(&self, fd: i32, events: i32) -> Call<i32> {
-        self.call("epoll", json!({"fd": fd, "events": events as u32, "timeout_ms": 0}))
+        self.call(
+            "epoll",
+            json!({"fd": fd, "events": events as u32, "timeout_ms": 0}),
+        )
     }
 
     /// The events of an epoll instance's descriptor within a limit, 0 for none.
@@ -219,11 +244,17 @@ impl Guest {
     }
 
     pub fn set_option(&self, fd: i32, level: i32, name: i32, value: &[u8]) -> Call<()> {
-        self.call("setsockopt", json!({"fd": fd, "level": level, "name": name, "value": value}))
+        self.call(
+            "setsockopt",
+            json!({"fd": fd, "level": level, "name": name, "value": value}),
+        )
     }
 
     pub fn option(&self, fd: i32, level: i32, name: i32, len: usize) -> Call<Vec<u8>> {
-        self.call("getsockopt", json!({"fd": fd, "level": level, "name": name, "len": len}))
+        self.call(
+            "getsockopt",
+            json!({"fd": fd, "level": level, "name": name, "len": len}),
+        )
     }
 
     pub fn siocinq(&self, fd: i32) -> Call<i32> {
@@ -258,7 +289,10 @@ impl Guest {
             answer.push(byte[0]);
         }
         let answer = String::from_utf8_lossy(&answer).into_owned();
-        ensure!(answer.starts_with("OK "), "the answer to CONNECT {port} is {answer:?}");
+        ensure!(
+            answer.starts_with("OK "),
+            "the answer to CONNECT {port} is {answer:?}"
+        );
         Ok(stream)
     }
 
@@ -277,14 +311,19 @@ impl Guest {
     /// A counter of our driver.
     pub fn counter(&self, name: &str) -> Result<i64> {
         let text = self.sh("cat /sys/kernel/debug/virtio_vsock_rs/statistics")?;
-        let line = text.lines().filter_map(|line| line.split_once(' ')).find(|(counter, _)| *counter == name);
+        let line = text
+            .lines()
+            .filter_map(|line| line.split_once(' '))
+            .find(|(counter, _)| *counter == name);
         let (_, value) = line.with_context(|| format!("there is no counter {name} in {text:?}"))?;
         Ok(value.parse()?)
     }
 
     /// Waits until a counter of our driver is at least `value`.
     pub fn wait_counter(&self, name: &str, value: i64) -> Result<()> {
-        wait_for(&format!("the counter {name} to be {value}"), || Ok(self.counter(name)? >= value))
+        wait_for(&format!("the counter {name} to be {value}"), || {
+            Ok(self.counter(name)? >= value)
+        })
     }
 }
 
@@ -292,7 +331,11 @@ impl Guest {
 pub fn wait_for(what: &str, mut holds: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = std::time::Instant::now() + LIMIT;
     while !holds()? {
-        ensure!(std::time::Instant::now() < end, "waited {} s for {what}", LIMIT.as_secs());
+        ensure!(
+            std::time::Instant::now() < end,
+            "waited {} s for {what}",
+            LIMIT.as_secs()
+        );
         std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
@@ -413,7 +456,10 @@ impl<'a> Peer<'a> {
     /// The next packet of the guest, which has to be of one kind.
     pub fn expect(&self, op: Op) -> Result<Packet> {
         let packet = self.next(&format!("a packet with {op:?}"))?;
-        ensure!(packet.op == op, "the guest sent {packet:?} instead of {op:?}");
+        ensure!(
+            packet.op == op,
+            "the guest sent {packet:?} instead of {op:?}"
+        );
         Ok(packet)
     }
 

@@ -140,10 +140,20 @@ impl Machine {
         let agent_port = Port::Socket(format!("{name}.{}", Agent::PORT_NAME));
         let mut qemu = Command::new("qemu-system-x86_64");
         add_kind(&mut qemu, env, &kind);
-        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-        qemu.arg("-kernel").arg(&env.vmlinuz).arg("-initrd").arg(initramfs);
+        qemu.args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-no-reboot",
+        ]);
+        qemu.arg("-kernel")
+            .arg(&env.vmlinuz)
+            .arg("-initrd")
+            .arg(initramfs);
         qemu.args(["-append", "console=ttyS0 panic=-1"]);
-        qemu.arg("-serial").arg(format!("file:{}", console.display()));
+        qemu.arg("-serial")
+            .arg(format!("file:{}", console.display()));
         qemu.args(["-device", "virtio-serial-pci"]);
         add_port(&mut qemu, dir, 1, &agent_port, Some(Agent::PORT_NAME));
         for (port, number) in ports.iter().zip(2..) {
@@ -151,7 +161,9 @@ impl Machine {
         }
         let said = dir.join(format!("{name}.qemu"));
         let log = fs::File::create(&said).with_context(|| format!("making {}", said.display()))?;
-        qemu.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+        qemu.stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log);
         let mut qemu = qemu.spawn().context("starting qemu-system-x86_64")?;
         let socket = dir.join(format!("{name}.{}.sock", Agent::PORT_NAME));
         match Agent::connect(&socket, BOOT_LIMIT).and_then(|agent| agent.wait_ready(BOOT_LIMIT)) {
@@ -166,7 +178,9 @@ impl Machine {
                 let _ = qemu.wait();
                 let said = fs::read_to_string(said).unwrap_or_default();
                 let console = console.display();
-                Err(error.context(format!("booting {name}; QEMU says {said:?}; its console is {console}")))
+                Err(error.context(format!(
+                    "booting {name}; QEMU says {said:?}; its console is {console}"
+                )))
             }
         }
     }
@@ -194,7 +208,10 @@ impl Machine {
         let end = Instant::now() + limit;
         while self.qemu.try_wait().context("waiting for QEMU")?.is_none() {
             let waited = limit.as_secs();
-            ensure!(Instant::now() < end, "waited {waited} s for the machine to switch itself off");
+            ensure!(
+                Instant::now() < end,
+                "waited {waited} s for the machine to switch itself off"
+            );
             std::thread::sleep(Duration::from_millis(20));
         }
         Ok(())
@@ -204,10 +221,23 @@ impl Machine {
 fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
     match kind {
         Kind::Guest { device } => {
-            qemu.args(["-accel", &env.accelerator, "-cpu", "max", "-smp", "2", "-m", "512"]);
-            qemu.args(["-object", "memory-backend-memfd,id=memory,size=512M,share=on"]);
+            qemu.args([
+                "-accel",
+                &env.accelerator,
+                "-cpu",
+                "max",
+                "-smp",
+                "2",
+                "-m",
+                "512",
+            ]);
+            qemu.args([
+                "-object",
+                "memory-backend-memfd,id=memory,size=512M,share=on",
+            ]);
             qemu.args(["-machine", "memory-backend=memory"]);
-            qemu.arg("-chardev").arg(format!("socket,id=vsock,path={}", device.display()));
+            qemu.arg("-chardev")
+                .arg(format!("socket,id=vsock,path={}", device.display()));
             qemu.args([
                 "-device",
                 "vhost-user-test-device-pci,virtio-id=19,num_vqs=3,vq_size=128,config_size=8,chardev=vsock",
@@ -216,7 +246,16 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
         Kind::NestedHost => {
             // With more than one processor that has SVM, TCG now and then corrupts the memory of the host's kernel:
             // one run of upstream's tests in twenty ended in a panic of it, or in a triple fault.
-            qemu.args(["-accel", "tcg", "-cpu", "max,+svm,+npt", "-smp", "1", "-m", "4096"]);
+            qemu.args([
+                "-accel",
+                "tcg",
+                "-cpu",
+                "max,+svm,+npt",
+                "-smp",
+                "1",
+                "-m",
+                "4096",
+            ]);
         }
     }
 }
@@ -226,12 +265,17 @@ fn add_port(qemu: &mut Command, dir: &Path, number: u32, port: &Port, name: Opti
     let (backend, own_name) = match port {
         Port::Socket(own) => {
             let path = dir.join(format!("{own}.sock"));
-            (format!("socket,server=on,wait=off,path={}", path.display()), own)
+            (
+                format!("socket,server=on,wait=off,path={}", path.display()),
+                own,
+            )
         }
         Port::File(own) => (format!("file,path={}", dir.join(own).display()), own),
     };
     let name = name.unwrap_or(own_name);
-    qemu.arg("-chardev").arg(format!("{backend},id=port{number}"));
-    qemu.arg("-device")
-        .arg(format!("virtserialport,nr={number},chardev=port{number},name={name}"));
+    qemu.arg("-chardev")
+        .arg(format!("{backend},id=port{number}"));
+    qemu.arg("-device").arg(format!(
+        "virtserialport,nr={number},chardev=port{number},name={name}"
+    ));
 }

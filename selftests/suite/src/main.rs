@@ -35,7 +35,9 @@ use runner::{Reporter, Test};
 
 /// Locks a mutex. What it guards stays consistent when a thread panics, so poison does not matter.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    mutex
+        .lock()
+        .unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 /// A driver of the socket device.
@@ -97,7 +99,11 @@ impl Arguments {
             _ => only_entry(&kernels)?,
         };
         let kernel = kernels.join(&release);
-        ensure!(kernel.join("vmlinuz").exists(), "{} has no kernel; run make kernel-tree", kernel.display());
+        ensure!(
+            kernel.join("vmlinuz").exists(),
+            "{} has no kernel; run make kernel-tree",
+            kernel.display()
+        );
         let programs = std::env::current_exe()?;
         let programs = programs.parent().context("this program is in no folder")?;
         // The short path of a socket is limited to 107 bytes, so the folders of tests are near the top.
@@ -122,7 +128,12 @@ fn only_entry(folder: &std::path::Path) -> Result<String> {
     let entries = std::fs::read_dir(folder)
         .with_context(|| format!("looking for kernels in {}", folder.display()))?
         .collect::<std::io::Result<Vec<_>>>()?;
-    ensure!(entries.len() == 1, "there are {} kernels in {}; say which with --kernel", entries.len(), folder.display());
+    ensure!(
+        entries.len() == 1,
+        "there are {} kernels in {}; say which with --kernel",
+        entries.len(),
+        folder.display()
+    );
     Ok(entries[0].file_name().to_string_lossy().into_owned())
 }
 
@@ -156,12 +167,18 @@ fn main() -> Result<ExitCode> {
         // What is of use is in the tests' output; after a failure the folders stay.
         let _ = std::fs::remove_dir_all(&env.run);
     }
-    Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if succeeded {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 /// Runs the tests that match; returns whether all passed.
 fn run(env: &Env, filters: &[String], jobs: usize, driver: Driver, repeat: u32) -> Result<bool> {
-    let wanted = |name: &str| filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()));
+    let wanted = |name: &str| {
+        filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()))
+    };
     let reporter = Reporter::new(driver);
     let selected: Vec<&Test> = tests::ALL.iter().filter(|test| wanted(test.name)).collect();
     for _ in 0..repeat {
@@ -175,7 +192,13 @@ fn run(env: &Env, filters: &[String], jobs: usize, driver: Driver, repeat: u32) 
     Ok(tally.failed == 0)
 }
 
-fn run_host_tier(env: &Env, wanted: &dyn Fn(&str) -> bool, driver: Driver, repeat: u32, reporter: &Reporter) {
+fn run_host_tier(
+    env: &Env,
+    wanted: &dyn Fn(&str) -> bool,
+    driver: Driver,
+    repeat: u32,
+    reporter: &Reporter,
+) {
     let options = host_tier::Options {
         driver,
         wanted,

@@ -100,7 +100,10 @@ fn run_one(env: &Env, driver: Driver, test: &Test, reporter: &Reporter) {
         Ok(()) => reporter.passed(test.name, begun),
         Err(error) => {
             let consoles = lab.consoles();
-            let tails = consoles.iter().map(|console| tail(console)).collect::<String>();
+            let tails = consoles
+                .iter()
+                .map(|console| tail(console))
+                .collect::<String>();
             reporter.failed(test.name, begun, &format!("{error:#}{tails}"));
         }
     }
@@ -118,7 +121,10 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
 fn check_logs(lab: &Lab) -> Result<()> {
     for console in lab.consoles() {
         let log = std::fs::read(&console)?;
-        check_log(&console.display().to_string(), &String::from_utf8_lossy(&log))?;
+        check_log(
+            &console.display().to_string(),
+            &String::from_utf8_lossy(&log),
+        )?;
     }
     Ok(())
 }
@@ -128,5 +134,9 @@ fn tail(console: &Path) -> String {
     let log = String::from_utf8_lossy(&log);
     let lines: Vec<_> = log.lines().collect();
     let last = &lines[lines.len().saturating_sub(CONSOLE_LINES)..];
-    format!("\nthe end of {}:\n  {}", console.display(), last.join("\n  "))
+    format!(
+        "\nthe end of {}:\n  {}",
+        console.display(),
+        last.join("\n  ")
+    )
 }

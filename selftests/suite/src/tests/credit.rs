@@ -6,7 +6,9 @@ use anyhow::{ensure, Context, Result};
 use serde_json::json;
 use vsock_device::Op;
 
-use crate::lab::{expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT, STREAM};
+use crate::lab::{
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT, STREAM,
+};
 
 /// `SO_VM_SOCKETS_BUFFER_SIZE` and its limits, level `AF_VSOCK`.
 const BUFFER_SIZE: i32 = 0;
@@ -14,7 +16,7 @@ const BUFFER_MIN_SIZE: i32 = 1;
 const BUFFER_MAX_SIZE: i32 = 2;
 
 /// An accepted connection whose peer has a buffer of `buf_alloc` bytes.
-fn connection<'a>(guest: &'a Guest, buf_alloc: u32) -> Result<(Peer<'a>, i32)> {
+fn connection(guest: &Guest, buf_alloc: u32) -> Result<(Peer<'_>, i32)> {
     let listener = guest.listener(PORT)?;
     let mut peer = Peer::connect(guest)?;
     let fd = guest.accept(listener)?;
@@ -27,7 +29,11 @@ fn connection<'a>(guest: &'a Guest, buf_alloc: u32) -> Result<(Peer<'a>, i32)> {
 fn receive(peer: &Peer, len: usize) -> Result<()> {
     let mut received = 0;
     while received < len {
-        received += peer.find(Op::RW).with_context(|| format!("{received} of {len} bytes came"))?.payload.len();
+        received += peer
+            .find(Op::RW)
+            .with_context(|| format!("{received} of {len} bytes came"))?
+            .payload
+            .len();
     }
     expect_eq("bytes received", received, len)
 }
@@ -53,14 +59,22 @@ pub fn window_blocks_writer(lab: &Lab) -> Result<()> {
 pub fn peer_shrinks_its_buffer(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let (mut peer, fd) = connection(&guest, 10_000)?;
-    expect_eq("send()", guest.start_send_pattern(fd, 1, 8_000).wait::<u64>(LIMIT)?, 8_000)?;
+    expect_eq(
+        "send()",
+        guest.start_send_pattern(fd, 1, 8_000).wait::<u64>(LIMIT)?,
+        8_000,
+    )?;
     receive(&peer, 8_000)?;
     peer.set_credit(5_000, 0);
     peer.send(Op::CREDIT_UPDATE);
     peer.send(Op::CREDIT_REQUEST);
     // The answer says that the update was seen.
     peer.expect(Op::CREDIT_UPDATE)?;
-    expect_errno("send() without room", guest.send_flags(fd, "x", libc::MSG_DONTWAIT), "EAGAIN")?;
+    expect_errno(
+        "send() without room",
+        guest.send_flags(fd, "x", libc::MSG_DONTWAIT),
+        "EAGAIN",
+    )?;
     let sending = guest.start_send_pattern(fd, 1, 3_000);
     sending.expect_blocked(A_WHILE)?;
     peer.set_credit(5_000, 8_000);
@@ -83,7 +97,10 @@ pub fn peer_exceeds_its_credit(lab: &Lab) -> Result<()> {
     }
     peer.find(Op::RST)?;
     let poll = guest.poll(fd, libc::POLLIN, LIMIT)?;
-    ensure!(poll & libc::POLLERR != 0, "poll() says {poll:#x}, without POLLERR");
+    ensure!(
+        poll & libc::POLLERR != 0,
+        "poll() says {poll:#x}, without POLLERR"
+    );
     expect_eq(
         "SO_ERROR",
         guest.option(fd, libc::SOL_SOCKET, libc::SO_ERROR, 4)?,
@@ -104,7 +121,11 @@ pub fn requests_are_answered(lab: &Lab) -> Result<()> {
     wait_for("the data", || Ok(guest.siocinq(fd)? == 3000))?;
     expect_eq("recv()", guest.recv_len(fd, 3000)?, 3000)?;
     peer.send(Op::CREDIT_REQUEST);
-    expect_eq("fwd_cnt after reading", peer.find(Op::CREDIT_UPDATE)?.fwd_cnt, 3000)
+    expect_eq(
+        "fwd_cnt after reading",
+        peer.find(Op::CREDIT_UPDATE)?.fwd_cnt,
+        3000,
+    )
 }
 
 /// A reader that keeps up sends an update for each part of its buffer, not for each packet.
@@ -112,14 +133,21 @@ pub fn updates_are_few(lab: &Lab) -> Result<()> {
     const PART: usize = 1000;
     const PARTS: usize = 400;
     let guest = lab.guest()?;
-    let (peer, fd) = connection(&guest, 10_000)?;
+    let (peer, fd) = connection(&guest, 256 * 1024)?;
     for _ in 0..PARTS {
         peer.send_payload(&[1; PART]);
         expect_eq("recv()", guest.recv_len(fd, PART)?, PART)?;
     }
-    let updates = peer.drain().iter().filter(|packet| packet.op == Op::CREDIT_UPDATE).count();
+    let updates = peer
+        .drain()
+        .iter()
+        .filter(|packet| packet.op == Op::CREDIT_UPDATE)
+        .count();
     // 400,000 bytes are more than the buffer, so there have to be some; half a buffer for each are 4.
-    ensure!((1..=8).contains(&updates), "{updates} credit updates for {PARTS} packets");
+    ensure!(
+        (1..=8).contains(&updates),
+        "{updates} credit updates for {PARTS} packets"
+    );
     Ok(())
 }
 
@@ -131,9 +159,17 @@ pub fn low_water_mark(lab: &Lab) -> Result<()> {
     guest.set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &mark.to_ne_bytes())?;
     peer.send_payload(&[1; 3000]);
     wait_for("the data", || Ok(guest.siocinq(fd)? == 3000))?;
-    expect_eq("poll() below the mark", guest.poll(fd, libc::POLLIN, A_WHILE)?, 0)?;
+    expect_eq(
+        "poll() below the mark",
+        guest.poll(fd, libc::POLLIN, A_WHILE)?,
+        0,
+    )?;
     peer.send_payload(&[1; 2000]);
-    expect_eq("poll() at the mark", guest.poll(fd, libc::POLLIN, LIMIT)?, libc::POLLIN)?;
+    expect_eq(
+        "poll() at the mark",
+        guest.poll(fd, libc::POLLIN, LIMIT)?,
+        libc::POLLIN,
+    )?;
     expect_eq("recv()", guest.recv_len(fd, 5000)?, 5000)?;
 
     // Fill the buffer, read all but a little, and wait for more than the peer knows to have room for.
@@ -144,13 +180,19 @@ pub fn low_water_mark(lab: &Lab) -> Result<()> {
         peer.send_payload(&vec![1; part]);
         sent += part;
     }
-    wait_for("the buffer to be full", || Ok(guest.siocinq(fd)? as usize == sent))?;
+    wait_for("the buffer to be full", || {
+        Ok(guest.siocinq(fd)? as usize == sent)
+    })?;
     peer.drain();
     expect_eq("recv()", guest.recv_len(fd, 20_000)?, 20_000)?;
     let mark = 250_000_i32;
     guest.set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &mark.to_ne_bytes())?;
     let update = peer.find(Op::CREDIT_UPDATE)?;
-    ensure!(update.fwd_cnt >= 20_000, "the update says fwd_cnt {}", update.fwd_cnt);
+    ensure!(
+        update.fwd_cnt >= 20_000,
+        "the update says fwd_cnt {}",
+        update.fwd_cnt
+    );
     Ok(())
 }
 
@@ -167,7 +209,11 @@ pub fn ioctls(lab: &Lab) -> Result<()> {
     expect_eq("SIOCINQ after a read", guest.siocinq(fd)?, 600)?;
     guest.device.hold_tx(true);
     expect_eq("send()", guest.send(fd, "0123456789")?, 10)?;
-    expect_eq("SIOCOUTQ before the device has taken it", guest.siocoutq(fd)?, 10)?;
+    expect_eq(
+        "SIOCOUTQ before the device has taken it",
+        guest.siocoutq(fd)?,
+        10,
+    )?;
     guest.device.hold_tx(false);
     wait_for("SIOCOUTQ to be 0", || Ok(guest.siocoutq(fd)? == 0))
 }
@@ -181,22 +227,50 @@ pub fn epoll_edges(lab: &Lab) -> Result<()> {
     let readable = guest.epoll(fd, libc::EPOLLIN | libc::EPOLLET)?;
     for _ in 0..3 {
         peer.send_payload(b"x");
-        expect_eq("epoll_wait() after an arrival", guest.epoll_wait(readable, LIMIT)?, libc::EPOLLIN)?;
-        expect_eq("epoll_wait() without one", guest.epoll_wait(readable, A_WHILE)?, 0)?;
+        expect_eq(
+            "epoll_wait() after an arrival",
+            guest.epoll_wait(readable, LIMIT)?,
+            libc::EPOLLIN,
+        )?;
+        expect_eq(
+            "epoll_wait() without one",
+            guest.epoll_wait(readable, A_WHILE)?,
+            0,
+        )?;
     }
     let writable = guest.epoll(fd, libc::EPOLLOUT | libc::EPOLLET)?;
-    expect_eq("epoll_wait() at first", guest.epoll_wait(writable, LIMIT)?, libc::EPOLLOUT)?;
+    expect_eq(
+        "epoll_wait() at first",
+        guest.epoll_wait(writable, LIMIT)?,
+        libc::EPOLLOUT,
+    )?;
     guest.set_nonblocking(fd, true)?;
-    expect_eq("send() of more than fits", guest.send(fd, &"x".repeat(5_000))?, 1_000)?;
+    expect_eq(
+        "send() of more than fits",
+        guest.send(fd, &"x".repeat(5_000))?,
+        1_000,
+    )?;
     expect_errno("send() without room", guest.send(fd, "x"), "EAGAIN")?;
     // The device taking the data is no room in the peer's buffer, though it may wake pollers.
     receive(&peer, 1_000)?;
-    expect_eq("poll() without room", guest.poll(fd, libc::POLLOUT, A_WHILE)?, 0)?;
+    expect_eq(
+        "poll() without room",
+        guest.poll(fd, libc::POLLOUT, A_WHILE)?,
+        0,
+    )?;
     while guest.epoll_wait(writable, A_WHILE)? != 0 {}
     peer.set_credit(1_000, 500);
     peer.send(Op::CREDIT_UPDATE);
-    expect_eq("epoll_wait() with room", guest.epoll_wait(writable, LIMIT)?, libc::EPOLLOUT)?;
-    expect_eq("send() of what fits", guest.send(fd, &"x".repeat(5_000))?, 500)
+    expect_eq(
+        "epoll_wait() with room",
+        guest.epoll_wait(writable, LIMIT)?,
+        libc::EPOLLOUT,
+    )?;
+    expect_eq(
+        "send() of what fits",
+        guest.send(fd, &"x".repeat(5_000))?,
+        500,
+    )
 }
 
 /// SO_VM_SOCKETS_BUFFER_SIZE keeps to its limits, and the peer is told.
@@ -213,14 +287,22 @@ pub fn buffer_size_limits(lab: &Lab) -> Result<()> {
     set(BUFFER_MAX_SIZE, 8 << 20)?;
     set(BUFFER_SIZE, 1 << 20)?;
     expect_eq("a size below the new limit", get(BUFFER_SIZE)?, 1 << 20)?;
-    wait_for("the peer to be told", || Ok(peer.find(Op::CREDIT_UPDATE)?.buf_alloc == 1 << 20))?;
+    wait_for("the peer to be told", || {
+        Ok(peer.find(Op::CREDIT_UPDATE)?.buf_alloc == 1 << 20)
+    })?;
     set(BUFFER_MIN_SIZE, 4096)?;
     set(BUFFER_SIZE, 1)?;
     expect_eq("a size below the minimum", get(BUFFER_SIZE)?, 4096)?;
-    wait_for("the peer to be told", || Ok(peer.find(Op::CREDIT_UPDATE)?.buf_alloc == 4096))?;
+    wait_for("the peer to be told", || {
+        Ok(peer.find(Op::CREDIT_UPDATE)?.buf_alloc == 4096)
+    })?;
     set(BUFFER_MAX_SIZE, u64::MAX)?;
     set(BUFFER_SIZE, u64::MAX)?;
     expect_eq("the largest size", get(BUFFER_SIZE)?, u64::from(u32::MAX))?;
     let unconnected: i32 = guest.start("socket", json!({"kind": STREAM})).wait(LIMIT)?;
-    expect_errno("recv() of a socket without a connection", guest.recv(unconnected, 1), "ENOTCONN")
+    expect_errno(
+        "recv() of a socket without a connection",
+        guest.recv(unconnected, 1),
+        "ENOTCONN",
+    )
 }

@@ -7,8 +7,10 @@ use serde_json::json;
 use vsock_device::device::Queue;
 use vsock_device::{Op, HOST_CID};
 
-use crate::lab::{expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM};
 use crate::agent::sh;
+use crate::lab::{
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM,
+};
 
 /// That the guest still serves.
 fn expect_alive(guest: &Guest, listener: i32) -> Result<()> {
@@ -28,10 +30,14 @@ pub fn malformed_packets(lab: &Lab) -> Result<()> {
     let mut data = peer.packet(Op::RW);
     data.payload = b"data".to_vec();
     for len in [0, 1, 43] {
-        guest.device.inject_raw(data.to_bytes()[..len].to_vec(), None);
+        guest
+            .device
+            .inject_raw(data.to_bytes()[..len].to_vec(), None);
     }
     guest.device.inject_raw(data.to_bytes_with_len(5), None);
-    guest.device.inject_raw(data.to_bytes_with_len(u32::MAX), None);
+    guest
+        .device
+        .inject_raw(data.to_bytes_with_len(u32::MAX), None);
     // The used length leaves out what the header promises.
     guest.device.inject_raw(data.to_bytes(), Some(47));
     guest.wait_counter("dropped_short", 6)?;
@@ -72,7 +78,11 @@ pub fn unknown_packets(lab: &Lab) -> Result<()> {
     stranger.dst_port = 4711;
     guest.device.inject(stranger.clone());
     let rst = peer.expect(Op::RST)?;
-    expect_eq("who answers", (rst.src_port, rst.dst_port), (4711, stranger.src_port))?;
+    expect_eq(
+        "who answers",
+        (rst.src_port, rst.dst_port),
+        (4711, stranger.src_port),
+    )?;
     stranger.op = Op::RST;
     guest.device.inject(stranger);
     peer.expect_silence()?;
@@ -101,8 +111,22 @@ pub fn wrong_cids(lab: &Lab) -> Result<()> {
     let fd = guest.accept(listener)?;
     let mut data = peer.packet(Op::RW);
     data.payload = b"stray".to_vec();
-    let sources = [0, 1, u64::from(u32::MAX), 1 << 32 | HOST_CID, u64::MAX, u64::from(GUEST_CID)];
-    let destinations = [0, 1, HOST_CID, u64::from(GUEST_CID) + 1, 1 << 32 | u64::from(GUEST_CID), u64::MAX];
+    let sources = [
+        0,
+        1,
+        u64::from(u32::MAX),
+        (1 << 32) | HOST_CID,
+        u64::MAX,
+        u64::from(GUEST_CID),
+    ];
+    let destinations = [
+        0,
+        1,
+        HOST_CID,
+        u64::from(GUEST_CID) + 1,
+        (1 << 32) | u64::from(GUEST_CID),
+        u64::MAX,
+    ];
     for source in sources {
         let mut stray = data.clone();
         stray.src_cid = source;
@@ -134,7 +158,8 @@ pub fn forged_completions(lab: &Lab) -> Result<()> {
             let _ = guest.send_flags(fd, "x", libc::MSG_DONTWAIT);
             Ok(guest.machine.log().contains("id 9999 out of range"))
         })?;
-        let unbind = "cd /sys/bus/virtio/drivers/*vsock*/ && for d in virtio*; do echo $d >unbind; done";
+        let unbind =
+            "cd /sys/bus/virtio/drivers/*vsock*/ && for d in virtio*; do echo $d >unbind; done";
         guest.sh(unbind)?;
         expect_errno("recv() without the device", guest.recv(fd, 1), "ECONNRESET")?;
         guest.close(fd)?;
@@ -160,7 +185,9 @@ pub fn bad_events(lab: &Lab) -> Result<()> {
     // CIDs that a guest cannot have: the guest is without one until it gets another.
     for cid in [0, 1, HOST_CID, u64::from(u32::MAX), 1 << 40] {
         guest.device.transport_reset(cid);
-        wait_for("the guest to have no CID", || Ok(guest.local_cid()? == u32::MAX))?;
+        wait_for("the guest to have no CID", || {
+            Ok(guest.local_cid()? == u32::MAX)
+        })?;
     }
     guest.device.transport_reset(77);
     wait_for("the guest to have its CID", || Ok(guest.local_cid()? == 77))?;
@@ -185,13 +212,25 @@ pub fn tx_not_consumed(lab: &Lab) -> Result<()> {
     }
     writing.expect_blocked(A_WHILE)?;
     let unsent = guest.siocoutq(fd)?;
-    ensure!(unsent <= 256 * 1024, "{unsent} bytes wait for the device, more than the socket's buffer");
+    ensure!(
+        unsent <= 256 * 1024,
+        "{unsent} bytes wait for the device, more than the socket's buffer"
+    );
     let second = guest.socket(STREAM)?;
-    expect_errno("connect()", guest.connect(second, HOST_CID as u32, PORT), "ETIMEDOUT")?;
+    expect_errno(
+        "connect()",
+        guest.connect(second, HOST_CID as u32, PORT),
+        "ETIMEDOUT",
+    )?;
     guest.close(second)?;
-    let unbind = "cd /sys/bus/virtio/drivers/*vsock*/ && for d in virtio*; do echo $d >unbind; done";
+    let unbind =
+        "cd /sys/bus/virtio/drivers/*vsock*/ && for d in virtio*; do echo $d >unbind; done";
     guest.sh(unbind)?;
-    expect_errno("the blocked send()", writing.wait::<u64>(LIMIT), "ECONNRESET")?;
+    expect_errno(
+        "the blocked send()",
+        writing.wait::<u64>(LIMIT),
+        "ECONNRESET",
+    )?;
     guest.close(fd)?;
     Ok(())
 }
@@ -205,7 +244,11 @@ pub fn reply_flood(lab: &Lab) -> Result<()> {
     let fd = guest.accept(listener)?;
     guest.device.hold_tx(true);
     for at in 0..FLOOD {
-        let mut packet = peer.packet(if at % 2 == 0 { Op::CREDIT_REQUEST } else { Op::RW });
+        let mut packet = peer.packet(if at % 2 == 0 {
+            Op::CREDIT_REQUEST
+        } else {
+            Op::RW
+        });
         if at % 2 == 1 {
             // Nobody has this port, so RST is due.
             packet.dst_port = 50_000 + at;

@@ -16,11 +16,22 @@ const BIND: &str = "cd /sys/bus/virtio/drivers/*vsock*/ && cat /tmp/device >bind
 /// With the C driver loaded, ours is refused and says why.
 pub fn c_driver_first(lab: &Lab) -> Result<()> {
     let guest = lab.guest_with(GUEST_CID, Some(Driver::C), &[Driver::Rs])?;
-    let tried = sh(&guest.machine.agent, "insmod /extra/virtio_vsock_rs.ko", LIMIT)?;
+    let tried = sh(
+        &guest.machine.agent,
+        "insmod /extra/virtio_vsock_rs.ko",
+        LIMIT,
+    )?;
     ensure!(tried.status != 0, "both drivers are loaded");
-    ensure!(tried.output.contains("busy"), "insmod says {:?}", tried.output);
+    ensure!(
+        tried.output.contains("busy"),
+        "insmod says {:?}",
+        tried.output
+    );
     wait_for("the kernel's log to say why", || {
-        Ok(guest.machine.log().contains("another transport from guest to host is loaded"))
+        Ok(guest
+            .machine
+            .log()
+            .contains("another transport from guest to host is loaded"))
     })?;
     // The C driver works as before.
     let listener = guest.listener(PORT)?;
@@ -34,7 +45,11 @@ pub fn rust_driver_first(lab: &Lab) -> Result<()> {
     let guest = lab.guest_with(GUEST_CID, Some(Driver::Rs), &[Driver::C])?;
     let script = "cd /extra; insmod vmw_vsock_virtio_transport_common.ko; insmod vmw_vsock_virtio_transport.ko";
     let tried = sh(&guest.machine.agent, script, LIMIT)?;
-    ensure!(tried.output.contains("busy"), "insmod says {:?}", tried.output);
+    ensure!(
+        tried.output.contains("busy"),
+        "insmod says {:?}",
+        tried.output
+    );
     let listener = guest.listener(PORT)?;
     let _stream = guest.connect_from_host(PORT)?;
     guest.accept(listener)?;
@@ -59,10 +74,18 @@ pub fn unbind_with_traffic(lab: &Lab) -> Result<()> {
     let reading = guest.start("recv", json!({"fd": reader, "len": 1}));
     let writing = guest.start_send_pattern(writer, 1, 1 << 30);
     guest.sh(UNBIND)?;
-    expect_errno("the blocked recv()", reading.wait::<String>(LIMIT), "ECONNRESET")?;
+    expect_errno(
+        "the blocked recv()",
+        reading.wait::<String>(LIMIT),
+        "ECONNRESET",
+    )?;
     expect_errno("the send()", writing.wait::<u64>(LIMIT), "ECONNRESET")?;
     let fd = guest.socket(STREAM)?;
-    expect_errno("connect() without a device", guest.connect(fd, 2, PORT), "ENODEV")?;
+    expect_errno(
+        "connect() without a device",
+        guest.connect(fd, 2, PORT),
+        "ENODEV",
+    )?;
     expect_eq("the CID without a device", guest.local_cid()?, u32::MAX)?;
 
     guest.sh(BIND)?;
@@ -81,12 +104,17 @@ pub fn remove_while_in_use(lab: &Lab) -> Result<()> {
     let (reader, writer) = busy_connections(&guest)?;
     let module = lab.driver.module();
     let refused = sh(&guest.machine.agent, &format!("rmmod {module}"), LIMIT)?;
-    ensure!(refused.status != 0, "rmmod has removed a module that sockets use");
+    ensure!(
+        refused.status != 0,
+        "rmmod has removed a module that sockets use"
+    );
     guest.sh(UNBIND)?;
     guest.close(reader)?;
     guest.close(writer)?;
     // Without the device nobody has to be waited for.
-    wait_for("rmmod", || Ok(sh(&guest.machine.agent, &format!("rmmod {module}"), LIMIT)?.status == 0))
+    wait_for("rmmod", || {
+        Ok(sh(&guest.machine.agent, &format!("rmmod {module}"), LIMIT)?.status == 0)
+    })
 }
 
 /// Unbind and bind again and again, with a connection each time.

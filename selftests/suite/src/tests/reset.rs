@@ -6,17 +6,24 @@ use anyhow::{ensure, Context, Result};
 use serde_json::json;
 use vsock_device::{Op, HOST_CID};
 
-use crate::lab::{expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM};
+use crate::lab::{
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM,
+};
 
 /// Waits until the guest knows its new CID.
 fn wait_for_cid(guest: &Guest, cid: u32) -> Result<()> {
-    wait_for(&format!("the guest's CID to be {cid}"), || Ok(guest.local_cid()? == cid))
+    wait_for(&format!("the guest's CID to be {cid}"), || {
+        Ok(guest.local_cid()? == cid)
+    })
 }
 
 /// What the application sees of a connection that was reset: ECONNRESET, then the end, as with TCP.
 fn expect_reset(guest: &Guest, fd: i32) -> Result<()> {
     let poll = guest.poll(fd, libc::POLLIN | libc::POLLRDHUP, LIMIT)?;
-    ensure!(poll & libc::POLLERR != 0, "poll() says {poll:#x}, without POLLERR");
+    ensure!(
+        poll & libc::POLLERR != 0,
+        "poll() says {poll:#x}, without POLLERR"
+    );
     expect_errno("recv()", guest.recv(fd, 1), "ECONNRESET")?;
     expect_eq("the next recv()", guest.recv(fd, 1)?, String::new())?;
     expect_errno("the next send()", guest.send(fd, "x"), "EPIPE")
@@ -39,9 +46,15 @@ pub fn new_cid(lab: &Lab) -> Result<()> {
     expect_errno("the next send()", guest.send(writer, "x"), "EPIPE")?;
     expect_eq("recv() after that", guest.recv(writer, 1)?, String::new())?;
 
-    let _again = guest.connect_from_host(PORT).context("connecting to the listener at the new CID")?;
+    let _again = guest
+        .connect_from_host(PORT)
+        .context("connecting to the listener at the new CID")?;
     let fd = guest.accept(listener)?;
-    expect_eq("the address of the new connection", guest.own_address(fd)?, (GUEST_CID + 7, PORT))
+    expect_eq(
+        "the address of the new connection",
+        guest.own_address(fd)?,
+        (GUEST_CID + 7, PORT),
+    )
 }
 
 /// With the same CID, as after a snapshot; calls that block at that moment end, unread and unsent data is gone.
@@ -59,10 +72,21 @@ pub fn same_cid_and_blocked_calls(lab: &Lab) -> Result<()> {
     sending.expect_blocked(A_WHILE)?;
     polling.expect_blocked(A_WHILE)?;
     guest.device.transport_reset(u64::from(GUEST_CID));
-    expect_errno("the blocked recv()", reading.wait::<String>(LIMIT), "ECONNRESET")?;
-    expect_errno("the blocked send()", sending.wait::<u64>(LIMIT), "ECONNRESET")?;
+    expect_errno(
+        "the blocked recv()",
+        reading.wait::<String>(LIMIT),
+        "ECONNRESET",
+    )?;
+    expect_errno(
+        "the blocked send()",
+        sending.wait::<u64>(LIMIT),
+        "ECONNRESET",
+    )?;
     let poll: i16 = polling.wait(LIMIT)?;
-    ensure!(poll & libc::POLLERR != 0, "the blocked poll() says {poll:#x}, without POLLERR");
+    ensure!(
+        poll & libc::POLLERR != 0,
+        "the blocked poll() says {poll:#x}, without POLLERR"
+    );
     guest.device.set_manual(false);
     guest.connect_from_host(PORT)?;
     Ok(())
@@ -78,7 +102,8 @@ pub fn late_rst_does_not_hide_it(lab: &Lab) -> Result<()> {
     peer.send(Op::RST);
     peer.send_payload(b"stale");
     guest.device.wait_delivered(LIMIT)?;
-    peer.find(Op::RST).context("the answer to the stale payload")?;
+    peer.find(Op::RST)
+        .context("the answer to the stale payload")?;
     expect_reset(&guest, fd)
 }
 
@@ -98,7 +123,8 @@ pub fn repeated(lab: &Lab) -> Result<()> {
         guest.device.transport_reset(u64::from(cid));
         guest.device.hold_events(false);
         wait_for_cid(&guest, cid)?;
-        expect_errno("recv()", guest.recv(fd, 1), "ECONNRESET").with_context(|| format!("round {round}"))?;
+        expect_errno("recv()", guest.recv(fd, 1), "ECONNRESET")
+            .with_context(|| format!("round {round}"))?;
         guest.close(fd)?;
     }
     let fd = guest.socket(STREAM)?;

@@ -30,7 +30,11 @@ pub fn between_guests(lab: &Lab) -> Result<()> {
         // Without this the core keeps connections to guests' CIDs for a host's transport.
         client.connect(client_fd, server.cid, PORT)?;
         let server_fd = server.accept(listener)?;
-        expect_eq("the server's peer", server.peer_address(server_fd)?.0, client.cid)?;
+        expect_eq(
+            "the server's peer",
+            server.peer_address(server_fd)?.0,
+            client.cid,
+        )?;
         let moving = [
             client.start_send_pattern(client_fd, 1, BULK),
             server.start_send_pattern(server_fd, 2, BULK),
@@ -41,7 +45,11 @@ pub fn between_guests(lab: &Lab) -> Result<()> {
             expect_eq("bytes moved", moved.wait::<u64>(LIMIT)?, BULK)?;
         }
         client.close(client_fd)?;
-        expect_eq("what the server reads at the end", server.recv(server_fd, 1)?, String::new())?;
+        expect_eq(
+            "what the server reads at the end",
+            server.recv(server_fd, 1)?,
+            String::new(),
+        )?;
         server.close(server_fd)?;
         server.close(listener)?;
     }
@@ -64,11 +72,16 @@ pub fn over_the_bridge(lab: &Lab) -> Result<()> {
 }
 
 /// Moves data both ways and ends the connection from the host's side.
-fn exchange(guest: &crate::lab::Guest, fd: i32, host: &mut std::os::unix::net::UnixStream) -> Result<()> {
+fn exchange(
+    guest: &crate::lab::Guest,
+    fd: i32,
+    host: &mut std::os::unix::net::UnixStream,
+) -> Result<()> {
     host.set_read_timeout(Some(LIMIT))?;
     let sending = guest.start_send_pattern(fd, 7, BULK);
     let mut received = vec![0; BULK as usize];
-    host.read_exact(&mut received).context("reading at the host")?;
+    host.read_exact(&mut received)
+        .context("reading at the host")?;
     expect_eq("bytes sent by the guest", sending.wait::<u64>(LIMIT)?, BULK)?;
     // What the guest sent comes back, and the guest knows what it was.
     let returning = guest.start_recv_pattern(fd, 7, BULK);
@@ -78,7 +91,8 @@ fn exchange(guest: &crate::lab::Guest, fd: i32, host: &mut std::os::unix::net::U
     expect_eq("the guest's last read", guest.recv(fd, 1)?, String::new())?;
     guest.close(fd)?;
     let mut rest = Vec::new();
-    host.read_to_end(&mut rest).context("reading to the end at the host")?;
+    host.read_to_end(&mut rest)
+        .context("reading to the end at the host")?;
     expect_eq("bytes after the guest's close", rest.len(), 0)
 }
 
@@ -86,7 +100,11 @@ fn exchange(guest: &crate::lab::Guest, fd: i32, host: &mut std::os::unix::net::U
 pub fn connect_refused(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let fd = guest.socket(STREAM)?;
-    expect_errno("connect() to nobody", guest.connect(fd, HOST, PORT), "ECONNRESET")?;
+    expect_errno(
+        "connect() to nobody",
+        guest.connect(fd, HOST, PORT),
+        "ECONNRESET",
+    )?;
     let _listener = guest.host_listener(PORT)?;
     guest.connect(fd, HOST, PORT)?;
     Ok(())
@@ -97,7 +115,11 @@ pub fn connect_timeout(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let peer = Peer::watch(&guest);
     let fd = guest.socket(STREAM)?;
-    expect_errno("connect() without an answer", guest.connect(fd, HOST, PORT), "ETIMEDOUT")?;
+    expect_errno(
+        "connect() without an answer",
+        guest.connect(fd, HOST, PORT),
+        "ETIMEDOUT",
+    )?;
     let request = peer.expect(Op::REQUEST)?;
     guest.device.inject(request.reply(Op::RESPONSE));
     let rst = peer.expect(Op::RST)?;
@@ -112,15 +134,35 @@ pub fn nonblocking_connect(lab: &Lab) -> Result<()> {
     guest.set_nonblocking(fd, true)?;
     expect_errno("connect()", guest.connect(fd, HOST, PORT), "EINPROGRESS")?;
     let request = peer.expect(Op::REQUEST)?;
-    expect_errno("a second connect()", guest.connect(fd, HOST, PORT), "EALREADY")?;
+    expect_errno(
+        "a second connect()",
+        guest.connect(fd, HOST, PORT),
+        "EALREADY",
+    )?;
     let mut response = request.reply(Op::RESPONSE);
     response.buf_alloc = 4096;
     guest.device.inject(response);
-    expect_eq("poll()", guest.poll(fd, libc::POLLOUT, LIMIT)?, libc::POLLOUT)?;
-    expect_eq("SO_ERROR", guest.option(fd, libc::SOL_SOCKET, libc::SO_ERROR, 4)?, vec![0; 4])?;
-    expect_errno("a third connect()", guest.connect(fd, HOST, PORT), "EISCONN")?;
+    expect_eq(
+        "poll()",
+        guest.poll(fd, libc::POLLOUT, LIMIT)?,
+        libc::POLLOUT,
+    )?;
+    expect_eq(
+        "SO_ERROR",
+        guest.option(fd, libc::SOL_SOCKET, libc::SO_ERROR, 4)?,
+        vec![0; 4],
+    )?;
+    expect_errno(
+        "a third connect()",
+        guest.connect(fd, HOST, PORT),
+        "EISCONN",
+    )?;
     expect_eq("send()", guest.send(fd, "hello")?, 5)?;
-    expect_eq("the payload", peer.expect(Op::RW)?.payload, b"hello".to_vec())
+    expect_eq(
+        "the payload",
+        peer.expect(Op::RW)?.payload,
+        b"hello".to_vec(),
+    )
 }
 
 /// More connections than the backlog has room for are refused until some are accepted.
@@ -140,7 +182,10 @@ pub fn backlog_full(lab: &Lab) -> Result<()> {
             op => expect_eq("the answer to a request too many", op, Op::RST)?,
         }
     }
-    ensure!((1..8).contains(&accepted), "{accepted} of 8 connections fit into a backlog of 1");
+    ensure!(
+        (1..8).contains(&accepted),
+        "{accepted} of 8 connections fit into a backlog of 1"
+    );
     for _ in 0..accepted {
         guest.accept(listener)?;
     }
@@ -153,10 +198,22 @@ pub fn bind_conflicts(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let first = guest.listener(PORT)?;
     let second = guest.socket(STREAM)?;
-    expect_errno("bind() to a port in use", guest.bind(second, CID_ANY, PORT), "EADDRINUSE")?;
-    expect_errno("bind() to another's CID", guest.bind(second, 99, PORT), "EADDRNOTAVAIL")?;
+    expect_errno(
+        "bind() to a port in use",
+        guest.bind(second, CID_ANY, PORT),
+        "EADDRINUSE",
+    )?;
+    expect_errno(
+        "bind() to another's CID",
+        guest.bind(second, 99, PORT),
+        "EADDRNOTAVAIL",
+    )?;
     guest.bind(second, GUEST_CID, PORT + 1)?;
-    expect_eq("getsockname()", guest.own_address(second)?, (GUEST_CID, PORT + 1))?;
+    expect_eq(
+        "getsockname()",
+        guest.own_address(second)?,
+        (GUEST_CID, PORT + 1),
+    )?;
     guest.close(first)?;
     let third = guest.socket(STREAM)?;
     guest.bind(third, CID_ANY, PORT)?;
@@ -169,19 +226,38 @@ pub fn peek_and_dontwait(lab: &Lab) -> Result<()> {
     let listener = guest.listener(PORT)?;
     let peer = Peer::connect(&guest)?;
     let fd = guest.accept(listener)?;
-    expect_errno("recv() of nothing", guest.recv_flags(fd, 1, libc::MSG_DONTWAIT), "EAGAIN")?;
+    expect_errno(
+        "recv() of nothing",
+        guest.recv_flags(fd, 1, libc::MSG_DONTWAIT),
+        "EAGAIN",
+    )?;
     peer.send_payload(b"hello ");
     peer.send_payload(b"world");
     let all = json!({"fd": fd, "len": 11, "flags": libc::MSG_WAITALL | libc::MSG_PEEK});
     // What is peeked at is not waited for, so the second packet may be missing yet; it is there in the end.
     crate::lab::wait_for("both packets", || Ok(guest.siocinq(fd)? == 11))?;
-    expect_eq("MSG_PEEK", guest.start("recv", all).wait::<String>(LIMIT)?, "hello world".to_owned())?;
+    expect_eq(
+        "MSG_PEEK",
+        guest.start("recv", all).wait::<String>(LIMIT)?,
+        "hello world".to_owned(),
+    )?;
     expect_eq("recv()", guest.recv(fd, 6)?, "hello ".to_owned())?;
-    expect_eq("MSG_PEEK of the rest", guest.recv_flags(fd, 99, libc::MSG_PEEK)?, "world".to_owned())?;
-    let waiting = guest.start("recv", json!({"fd": fd, "len": 10, "flags": libc::MSG_WAITALL}));
+    expect_eq(
+        "MSG_PEEK of the rest",
+        guest.recv_flags(fd, 99, libc::MSG_PEEK)?,
+        "world".to_owned(),
+    )?;
+    let waiting = guest.start(
+        "recv",
+        json!({"fd": fd, "len": 10, "flags": libc::MSG_WAITALL}),
+    );
     waiting.expect_blocked(A_WHILE)?;
     peer.send_payload(b"!!!!!");
-    expect_eq("MSG_WAITALL", waiting.wait::<String>(LIMIT)?, "world!!!!!".to_owned())
+    expect_eq(
+        "MSG_WAITALL",
+        waiting.wait::<String>(LIMIT)?,
+        "world!!!!!".to_owned(),
+    )
 }
 
 /// The guest sends no more: the peer is told, and can still send.
@@ -191,13 +267,25 @@ pub fn shutdown_send(lab: &Lab) -> Result<()> {
     let peer = Peer::connect(&guest)?;
     let fd = guest.accept(listener)?;
     guest.shutdown(fd, libc::SHUT_WR)?;
-    expect_eq("the flags of SHUTDOWN", peer.expect(Op::SHUTDOWN)?.flags, SHUTDOWN_SEND)?;
+    expect_eq(
+        "the flags of SHUTDOWN",
+        peer.expect(Op::SHUTDOWN)?.flags,
+        SHUTDOWN_SEND,
+    )?;
     expect_errno("send() after shutdown()", guest.send(fd, "x"), "EPIPE")?;
     peer.send_payload(b"still here");
     expect_eq("recv()", guest.recv(fd, 99)?, "still here".to_owned())?;
     guest.shutdown(fd, libc::SHUT_RD)?;
-    expect_eq("the flags of SHUTDOWN", peer.expect(Op::SHUTDOWN)?.flags, SHUTDOWN_RCV)?;
-    expect_eq("recv() after shutdown()", guest.recv(fd, 99)?, String::new())
+    expect_eq(
+        "the flags of SHUTDOWN",
+        peer.expect(Op::SHUTDOWN)?.flags,
+        SHUTDOWN_RCV,
+    )?;
+    expect_eq(
+        "recv() after shutdown()",
+        guest.recv(fd, 99)?,
+        String::new(),
+    )
 }
 
 /// The peer sends no more, receives no more, and closes.
@@ -212,13 +300,21 @@ pub fn shutdown_by_peer(lab: &Lab) -> Result<()> {
     crate::lab::wait_for("poll() to see the end", || {
         Ok(guest.poll(fd, wanted, LIMIT)? & libc::POLLRDHUP != 0)
     })?;
-    expect_eq("recv() of what was sent before", guest.recv(fd, 99)?, "last words".to_owned())?;
+    expect_eq(
+        "recv() of what was sent before",
+        guest.recv(fd, 99)?,
+        "last words".to_owned(),
+    )?;
     expect_eq("recv() at the end", guest.recv(fd, 99)?, String::new())?;
     expect_eq("send() the other way", guest.send(fd, "heard")?, 5)?;
     expect_eq("the payload", peer.find(Op::RW)?.payload, b"heard".to_vec())?;
     peer.send_shutdown(SHUTDOWN_RCV);
     peer.find(Op::RST)?;
-    expect_errno("send() to a peer that is gone", guest.send(fd, "x"), "EPIPE")
+    expect_errno(
+        "send() to a peer that is gone",
+        guest.send(fd, "x"),
+        "EPIPE",
+    )
 }
 
 /// close() with data that was not read: the peer is told that the connection is over.
@@ -230,7 +326,11 @@ pub fn close_with_unread_data(lab: &Lab) -> Result<()> {
     peer.send_payload(b"never read");
     crate::lab::wait_for("the data", || Ok(guest.siocinq(fd)? == 10))?;
     guest.close(fd)?;
-    expect_eq("the flags of SHUTDOWN", peer.find(Op::SHUTDOWN)?.flags, SHUTDOWN_RCV | SHUTDOWN_SEND)?;
+    expect_eq(
+        "the flags of SHUTDOWN",
+        peer.find(Op::SHUTDOWN)?.flags,
+        SHUTDOWN_RCV | SHUTDOWN_SEND,
+    )?;
     peer.send(Op::RST);
     // The connection is forgotten: a packet of it is refused.
     peer.send_payload(b"too late");
@@ -265,7 +365,11 @@ pub fn linger(lab: &Lab) -> Result<()> {
     let closing = guest.start("close", json!({"fd": fd}));
     closing.expect_blocked(A_WHILE)?;
     guest.device.hold_tx(false);
-    expect_eq("the payload", peer.find(Op::RW)?.payload, b"unsent".to_vec())?;
+    expect_eq(
+        "the payload",
+        peer.find(Op::RW)?.payload,
+        b"unsent".to_vec(),
+    )?;
     closing.wait::<()>(LIMIT).context("close()")?;
     peer.find(Op::SHUTDOWN)?;
     Ok(())
@@ -293,8 +397,12 @@ pub fn many_connections(lab: &Lab) -> Result<()> {
     guest.sh(&format!("echo {COUNT} >/proc/sys/net/core/somaxconn"))?;
     guest.listen(listener, COUNT as i32)?;
     let memory = || -> Result<i64> {
-        let text = guest.sh("sync; echo 3 >/proc/sys/vm/drop_caches; grep MemAvailable /proc/meminfo")?;
-        let figure = text.split_whitespace().nth(1).context("MemAvailable has no figure")?;
+        let text =
+            guest.sh("sync; echo 3 >/proc/sys/vm/drop_caches; grep MemAvailable /proc/meminfo")?;
+        let figure = text
+            .split_whitespace()
+            .nth(1)
+            .context("MemAvailable has no figure")?;
         Ok(figure.parse()?)
     };
     let before = memory()?;
@@ -314,7 +422,11 @@ pub fn many_connections(lab: &Lab) -> Result<()> {
     }
     for at in [0, COUNT as usize / 2, COUNT as usize - 1] {
         let port = guest.peer_address(fds[at])?.1 - 10_000;
-        expect_eq("the data of a connection", guest.recv(fds[at], 99)?, format!("{port}"))?;
+        expect_eq(
+            "the data of a connection",
+            guest.recv(fds[at], 99)?,
+            format!("{port}"),
+        )?;
     }
     for fd in fds {
         guest.start("close", json!({"fd": fd}));
