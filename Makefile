@@ -9,7 +9,7 @@ export VSOCK_CACHE
 export MAKE_TARGET = $@
 
 .NOTPARALLEL:
-.PHONY: module kernel-tree demo test bench check install update clean distclean help
+.PHONY: module kernel-tree demo test bench fuzz check install update clean distclean help
 
 module:
 	@scripts/build-module "$(KDIR)"
@@ -25,6 +25,9 @@ test:
 
 bench:
 	@scripts/harness bench
+
+fuzz:
+	@scripts/fuzz $(SECONDS)
 
 check:
 	@scripts/check
@@ -48,6 +51,7 @@ help:
 	@echo 'make demo         set everything up, boot a guest with the module, show it at work'
 	@echo 'make test         all tests; TESTS="name ..." for those whose names contain one of them'
 	@echo 'make bench        this driver and the C driver side by side'
+	@echo 'make fuzz         the fuzz targets of the protocol, SECONDS=60 for each'
 	@echo 'make check        formats, lints, links'
 	@echo 'make install      install the module for KDIR'\''s kernel (INSTALL_MOD_PATH=folder for below a folder)'
 	@echo 'make update       ask the mirror for its newest kernel, for the next set-up'

@@ -24,7 +24,7 @@ fn the_host_is_no_guest() {
 fn reserved_values_are_refused_with_any_upper_half() {
     for low in RESERVED {
         for high in [0, 1, 1 << 31, u64::from(u32::MAX)] {
-            let raw = high << 32 | low;
+            let raw = (high << 32) | low;
             assert_eq!(Cid::from_wire(raw), Err(ReservedCid(raw)));
             assert_eq!(Cid::guest_from_config(raw), Err(ReservedCid(raw)));
         }
@@ -49,7 +49,7 @@ proptest! {
 
     #[test]
     fn nothing_wider_is_cut(high in 1..=u32::MAX, low in any::<u32>()) {
-        let raw = u64::from(high) << 32 | u64::from(low);
+        let raw = (u64::from(high) << 32) | u64::from(low);
         prop_assert_eq!(Cid::from_wire(raw), Err(ReservedCid(raw)));
         prop_assert_eq!(Cid::guest_from_config(raw), Err(ReservedCid(raw)));
     }

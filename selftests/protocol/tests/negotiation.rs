@@ -20,7 +20,7 @@ const TABLE: [(u32, bool, bool); 8] = [
 #[test]
 fn features_decide_on_the_kinds_of_sockets() {
     for (features, stream, seqpacket) in TABLE {
-        let types = SocketTypes::negotiated(|bit| features >> bit & 1 != 0);
+        let types = SocketTypes::negotiated(|bit| (features >> bit) & 1 != 0);
         assert_eq!(types, SocketTypes { stream, seqpacket }, "{features:03b}");
         assert_eq!(types.contains(SocketType::Stream), stream);
         assert_eq!(types.contains(SocketType::SeqPacket), seqpacket);

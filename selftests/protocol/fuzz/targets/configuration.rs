@@ -16,6 +16,6 @@ fuzz_target!(|configuration: (u64, u64)| {
         assert_eq!(Cid::from_wire(guest_cid), Ok(cid));
         assert_ne!(cid, Cid::HOST);
     }
-    let types = SocketTypes::negotiated(|bit| features >> bit & 1 != 0);
+    let types = SocketTypes::negotiated(|bit| (features >> bit) & 1 != 0);
     assert!(!types.contains(SocketType::Unknown(0)));
 });
