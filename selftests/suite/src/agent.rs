@@ -120,9 +120,9 @@ impl Agent {
     }
 
     /// Waits until the agent answers.
-    pub fn wait_ready(self, limit: Duration) -> Result<Self> {
-        sh_ok(&self, "true", limit)?;
-        Ok(self)
+    pub fn wait_ready(&self, limit: Duration) -> Result<()> {
+        sh_ok(self, "true", limit)?;
+        Ok(())
     }
 
     /// Begins a call.

@@ -16,7 +16,7 @@ use vsock_device::{Device, DeviceConfig, Op, Packet, Switch, HOST_CID};
 
 use crate::agent::{sh_ok, CallError, Pending};
 use crate::initramfs::Initramfs;
-use crate::machine::{Env, Kind, Machine};
+use crate::machine::{Env, KernelStoodStill, Kind, Machine};
 use crate::Driver;
 
 /// How long anything may take that takes moments when nothing else runs.
@@ -36,6 +36,9 @@ pub const PORT: u32 = 1234;
 
 /// The receive buffer of a peer that a test plays, in bytes.
 const PEER_BUF_ALLOC: u32 = 256 * 1024;
+
+/// How often a guest is booted whose kernel stands still before it has started anything of ours.
+const BOOT_ATTEMPTS: u32 = 3;
 
 /// What one test gets.
 pub struct Lab<'a> {
@@ -70,6 +73,18 @@ impl<'a> Lab<'a> {
 
     /// Boots a guest with a driver, or none; `extra` drivers are in `/extra`, not loaded.
     pub fn guest_with(&self, cid: u32, driver: Option<Driver>, extra: &[Driver]) -> Result<Guest> {
+        let mut attempts = 1..BOOT_ATTEMPTS;
+        loop {
+            match self.boot_guest(cid, driver, extra) {
+                Err(error) if error.is::<KernelStoodStill>() && attempts.next().is_some() => {
+                    println!("note: {error:#}; begun again");
+                }
+                result => return result,
+            }
+        }
+    }
+
+    fn boot_guest(&self, cid: u32, driver: Option<Driver>, extra: &[Driver]) -> Result<Guest> {
         let name = format!("guest{cid}");
         let uds = self.dir.join(format!("{name}.uds"));
         let socket = self.dir.join(format!("{name}.vhost"));

@@ -147,22 +147,19 @@ impl NestedHost {
             monitor = spec.monitor_port(),
         );
         let agent_socket = self.machine.port_socket(&spec.agent_port());
-        let connection = Agent::connect(&agent_socket, BOOT_LIMIT)
+        let agent = Agent::connect(&agent_socket, BOOT_LIMIT)
             .with_context(|| format!("connecting to the agent port of {what}"))?;
         sh_ok(&self.machine.agent, &script, BOOT_LIMIT)
             .with_context(|| format!("starting QEMU for {what} in the nested host"))?;
         let console = self.machine.port_file(&spec.console_port());
-        let agent = match connection.wait_ready(BOOT_LIMIT) {
-            Ok(agent) => agent,
-            Err(error) => {
-                let said = sh_ok(&self.machine.agent, &format!("cat {qemu_log}"), BOOT_LIMIT)
-                    .unwrap_or_default();
-                return Err(error).context(format!(
-                    "{what} did not boot; QEMU in the nested host says: {said:?}; its console is {}",
-                    console.display()
-                ));
-            }
-        };
+        if let Err(error) = agent.wait_ready(BOOT_LIMIT) {
+            let said = sh_ok(&self.machine.agent, &format!("cat {qemu_log}"), BOOT_LIMIT)
+                .unwrap_or_default();
+            return Err(error).context(format!(
+                "{what} did not boot; QEMU in the nested host says: {said:?}; its console is {}",
+                console.display()
+            ));
+        }
         let guest = NestedGuest {
             spec,
             agent,
