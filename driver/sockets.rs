@@ -309,7 +309,9 @@ impl VsockDriver {
         }
         // Whoever takes the device away comes to this socket later.
         self.reset_connection(socket, connection);
-        tell_of_reset(socket, connection).err().unwrap_or(ECONNRESET)
+        tell_of_reset(socket, connection)
+            .err()
+            .unwrap_or(ECONNRESET)
     }
 
     /// Says goodbye to the peer of a socket that is being closed.

@@ -22,7 +22,7 @@ const AMOUNT: u64 = 8 << 20;
 const NEW_CID: u32 = GUEST_CID + 1;
 
 /// How wide the description of a step is.
-const WIDTH: usize = 62;
+const WIDTH: usize = 76;
 
 /// Shows the driver at work; returns whether every step was verified.
 pub fn run(env: &Env) -> Result<bool> {
@@ -162,8 +162,8 @@ fn observe_reset(guest: &Guest) -> Result<Observed> {
         streams.push(guest.connect_from_host(PORT)?);
         Ok(guest.accept(listener)?)
     };
-    let (reader, writer, blocked) = (connect()?, connect()?, connect()?);
-    let blocked = guest.start("recv", serde_json::json!({"fd": blocked, "len": 1}));
+    let (reader, writer, blocked_reader) = (connect()?, connect()?, connect()?);
+    let blocked = guest.start("recv", serde_json::json!({"fd": blocked_reader, "len": 1}));
     blocked.expect_blocked(Duration::from_millis(200))?;
     guest.device.transport_reset(u64::from(NEW_CID));
     wait_for("the guest to have its new CID", || {
@@ -182,7 +182,7 @@ fn observe_reset(guest: &Guest) -> Result<Observed> {
         }
         Err(error) => format!("{error:#}"),
     };
-    for fd in [reader, writer] {
+    for fd in [reader, writer, blocked_reader] {
         guest.close(fd)?;
     }
     guest.close(listener)?;

@@ -61,6 +61,12 @@ impl<'a> Lab<'a> {
         })
     }
 
+    /// Removes the files of a test that has passed.
+    pub fn remove_files(&self) {
+        // What stays is in nobody's way.
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+
     /// The consoles of the machines that were booted.
     pub fn consoles(&self) -> Vec<PathBuf> {
         crate::lock(&self.consoles).clone()

@@ -42,10 +42,7 @@ pub struct Env {
 impl Env {
     /// A new folder for the files of a test.
     pub fn run_dir(&self, name: &str) -> Result<PathBuf> {
-        let dir = self.run.join(name);
-        let _ = fs::remove_dir_all(&dir);
-        fs::create_dir_all(&dir).with_context(|| format!("making {}", dir.display()))?;
-        Ok(dir)
+        crate::new_folder(&self.run, &format!("{name}."))
     }
 }
 

@@ -22,7 +22,7 @@ mod machine;
 mod runner;
 mod tests;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
@@ -106,8 +106,7 @@ impl Arguments {
         );
         let programs = std::env::current_exe()?;
         let programs = programs.parent().context("this program is in no folder")?;
-        // The short path of a socket is limited to 107 bytes, so the folders of tests are near the top.
-        let run = self.cache.join("run").join(std::process::id().to_string());
+        let run = new_folder(&self.cache.join("run"), "")?;
         Ok(Env {
             vmlinuz: kernel.join("vmlinuz"),
             modules: kernel.join("lib/modules").join(&release),
@@ -124,7 +123,25 @@ impl Arguments {
     }
 }
 
-fn only_entry(folder: &std::path::Path) -> Result<String> {
+/// Makes a folder of a name that is not taken: `prefix` and a number.
+///
+/// The name is short because the path of a socket can have no more than 107 bytes.
+fn new_folder(parent: &Path, prefix: &str) -> Result<PathBuf> {
+    std::fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
+    for number in 1_u32.. {
+        let folder = parent.join(format!("{prefix}{number}"));
+        match std::fs::create_dir(&folder) {
+            Ok(()) => return Ok(folder),
+            Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("making {}", folder.display()))
+            }
+        }
+    }
+    anyhow::bail!("no number is left for a folder in {}", parent.display())
+}
+
+fn only_entry(folder: &Path) -> Result<String> {
     let entries = std::fs::read_dir(folder)
         .with_context(|| format!("looking for kernels in {}", folder.display()))?
         .collect::<std::io::Result<Vec<_>>>()?;

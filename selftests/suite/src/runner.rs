@@ -97,7 +97,10 @@ fn run_one(env: &Env, driver: Driver, test: &Test, reporter: &Reporter) {
         .unwrap_or_else(|panic| Err(anyhow!("the test panicked: {}", panic_text(&*panic))))
         .and_then(|()| check_logs(&lab));
     match result {
-        Ok(()) => reporter.passed(test.name, begun),
+        Ok(()) => {
+            lab.remove_files();
+            reporter.passed(test.name, begun);
+        }
         Err(error) => {
             let consoles = lab.consoles();
             let tails = consoles
