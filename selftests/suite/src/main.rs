@@ -154,8 +154,19 @@ fn only_entry(folder: &Path) -> Result<String> {
     Ok(entries[0].file_name().to_string_lossy().into_owned())
 }
 
-fn main() -> Result<ExitCode> {
-    let arguments = Arguments::parse();
+fn main() -> ExitCode {
+    match carry_out(Arguments::parse()) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Does what was asked for; returns whether all went well.
+fn carry_out(arguments: Arguments) -> Result<bool> {
     let env = arguments.env()?;
     let succeeded = match arguments.command {
         Command::List => {
@@ -175,7 +186,7 @@ fn main() -> Result<ExitCode> {
         } => run(&env, &filters, jobs, driver, repeat)?,
         Command::Demo => demo::run(&env)?,
         Command::Bench { runs } => {
-            let table = host_tier::bench(&env, runs, &mut |progress| eprintln!("{progress:?}"))?;
+            let table = host_tier::bench(&env, runs, &mut |progress| eprintln!("  {progress}"))?;
             println!("{table}");
             true
         }
@@ -184,11 +195,7 @@ fn main() -> Result<ExitCode> {
         // What is of use is in the tests' output; after a failure the folders stay.
         let _ = std::fs::remove_dir_all(&env.run);
     }
-    Ok(if succeeded {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
+    Ok(succeeded)
 }
 
 /// Runs the tests that match; returns whether all passed.

@@ -46,6 +46,20 @@ pub struct Sample {
     pub gbits_per_s: f64,
 }
 
+impl fmt::Display for Sample {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let driver = match self.driver {
+            Driver::Rs => "Rust driver",
+            Driver::C => "C driver",
+        };
+        write!(
+            f,
+            "{}, {driver}: {:.2} Gbit/s",
+            self.direction, self.gbits_per_s
+        )
+    }
+}
+
 /// All transfers of a benchmark; printed, it is a table.
 #[derive(Clone, Debug, Default)]
 pub struct Throughput {
@@ -152,7 +166,6 @@ fn transfer(host: &Agent, guest: &mut NestedGuest, direction: Direction) -> Resu
         "send() {{
             vsock_perf --sender {receiver_cid} --port {PORT} --bytes {BYTES} --buf-size {BUFFER} >/tmp/sender.output 2>&1
         }}
-        export -f send 2>/dev/null
         end=$(($(date +%s) + {limit}))
         until send; do
             grep -q '^connect: ' /tmp/sender.output && [ $(date +%s) -lt $end ] || {{ cat /tmp/sender.output; exit 1; }}
