@@ -160,9 +160,8 @@ pub(crate) struct Connection {
     waiting_updates: Atomic<i32>,
 }
 
-/// How many credit updates of a connection may wait for the device. A device that takes none cannot be told
-/// more, and the next update tells of all that these do.
-const MAX_WAITING_UPDATES: i32 = 64;
+/// How many credit updates of a connection may wait for the device before the next one takes the place of them.
+const MANY_WAITING_UPDATES: i32 = 64;
 
 struct ConnectionState {
     send: SendCredit,
@@ -293,13 +292,14 @@ impl Connection {
         self.state.lock().sendable(unsent)
     }
 
-    /// Takes the right to send a credit update; `false` where too many wait already.
-    pub(crate) fn add_waiting_update(&self) -> bool {
-        if self.waiting_updates.load(Relaxed) >= MAX_WAITING_UPDATES {
-            return false;
-        }
+    /// Whether more credit updates wait than a device that takes packets lets come about.
+    pub(crate) fn has_many_waiting_updates(&self) -> bool {
+        self.waiting_updates.load(Relaxed) >= MANY_WAITING_UPDATES
+    }
+
+    /// Counts a credit update that is on its way to the device.
+    pub(crate) fn add_waiting_update(&self) {
         self.waiting_updates.add(1, Relaxed);
-        true
     }
 
     /// Notes that the device has taken a credit update, or that it was thrown away.

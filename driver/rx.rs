@@ -103,11 +103,11 @@ impl VsockDriver {
                     Err(_) => self.statistics.dropped_long.increment(),
                 }
                 rx.fill_if_low();
-                cond_resched();
             }
             if rx.queue.is_broken() || rx.queue.enable_interrupts() {
                 break;
             }
+            cond_resched();
         }
         rx.fill_if_low();
         if rx.posted == 0 && !rx.queue.is_broken() {

@@ -70,12 +70,16 @@ impl Outgoing {
         }
     }
 
-    /// `None` where too many wait already.
-    fn credit_update(connection: ArcBorrow<'_, Connection>, is_reply: bool) -> Option<Self> {
-        connection.add_waiting_update().then(|| Self {
+    fn credit_update(connection: ArcBorrow<'_, Connection>, is_reply: bool) -> Self {
+        connection.add_waiting_update();
+        Self {
             counted: Some((connection.into(), Counted::CreditUpdate)),
             is_reply,
-        })
+        }
+    }
+
+    fn is_credit_update(&self) -> bool {
+        matches!(self.counted, Some((_, Counted::CreditUpdate)))
     }
 
     fn payload_len(&self) -> usize {
@@ -107,6 +111,8 @@ pub(crate) struct Tx {
     queue: Mutex<Option<TxQueue>>,
     #[pin]
     backlog: SpinLock<Backlog>,
+    /// Whether answers may wait in the backlog. Changed with its lock held.
+    replies_wait: Atomic<bool>,
     /// The longest payload that fits into the virtqueue, in bytes.
     longest_payload: Atomic<u32>,
 }
@@ -182,6 +188,7 @@ impl Tx {
                 replies: 0,
                 rx_parked: false,
             }, "virtio_vsock_rs_backlog"),
+            replies_wait: Atomic::new(false),
             longest_payload: Atomic::new(MAX_PAYLOAD),
         })
     }
@@ -230,6 +237,10 @@ impl Tx {
     /// Whether so many answers wait that no more packets should be received. Whoever is told so stops
     /// receiving, and [`VsockDriver::resume_rx`] lets it go on. Callable in atomic context.
     pub(crate) fn park_rx_if_congested(&self) -> bool {
+        // Answers are given by who asks here, so it knows of its own; this spares every packet the lock.
+        if !self.replies_wait.load(Relaxed) {
+            return false;
+        }
         let mut backlog = self.backlog.lock();
         backlog.rx_parked = backlog.replies >= MAX_WAITING_REPLIES;
         backlog.rx_parked
@@ -238,6 +249,7 @@ impl Tx {
     /// Whether the receiver has stopped and can go on. It is told once.
     fn unpark_rx(&self) -> bool {
         let mut backlog = self.backlog.lock();
+        self.replies_wait.store(backlog.replies > 0, Relaxed);
         backlog.replies < MAX_WAITING_REPLIES && core::mem::take(&mut backlog.rx_parked)
     }
 }
@@ -394,7 +406,7 @@ impl VsockDriver {
         Ok(())
     }
 
-    /// Sends a credit update, unless many wait for the device already. May sleep.
+    /// Sends a credit update. May sleep.
     ///
     /// Where it cannot be sent nothing is lost: the peer does not count as told.
     pub(crate) fn send_credit_update(
@@ -403,9 +415,13 @@ impl VsockDriver {
         connection: ArcBorrow<'_, Connection>,
         is_reply: bool,
     ) {
-        let Some(control) = Outgoing::credit_update(connection, is_reply) else {
-            return;
-        };
+        if connection.has_many_waiting_updates() {
+            // This one says all that they do. Those that the device has already are as many as its queue takes.
+            self.cancel(|packet| {
+                packet.control().is_credit_update() && packet.is_charged_to(socket)
+            });
+        }
+        let control = Outgoing::credit_update(connection, is_reply);
         let message = Message::of(Op::CreditUpdate);
         if self
             .send_counted(socket, &connection, message, control)
@@ -483,7 +499,12 @@ impl VsockDriver {
             Err((packet, PushError::Full | PushError::NoMemory))
                 if queue.in_flight > 0 || !nothing_waits =>
             {
-                self.tx.backlog.lock().push_back(packet);
+                let mut backlog = self.tx.backlog.lock();
+                if packet.control().is_reply {
+                    self.tx.replies_wait.store(true, Relaxed);
+                }
+                backlog.push_back(packet);
+                drop(backlog);
                 self.statistics.tx_waited.increment();
                 Ok(())
             }
@@ -555,15 +576,16 @@ impl VsockDriver {
 
     /// Frees the packets of a socket that wait. Sleeps.
     pub(crate) fn cancel_waiting(self: ArcBorrow<'_, Self>, socket: &Socket) {
+        self.cancel(|packet| packet.is_charged_to(socket));
+        Arc::from(self).resume_rx();
+    }
+
+    /// Frees packets that wait. Sleeps.
+    fn cancel(&self, matches: impl FnMut(&OutgoingPacket) -> bool) {
         // The lock keeps packets from being between backlog and queue.
         let queue = self.tx.queue.lock();
-        let cancelled = self
-            .tx
-            .backlog
-            .lock()
-            .extract(|packet| packet.is_charged_to(socket));
+        let cancelled = self.tx.backlog.lock().extract(matches);
         drop(queue);
         drop(cancelled);
-        Arc::from(self).resume_rx();
     }
 }

@@ -4,8 +4,6 @@
 //!
 //! All counters run freely and wrap at 2^32; only differences between them mean anything.
 
-use super::MAX_PAYLOAD;
-
 /// What we may send: our view of the peer's receive buffer.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SendCredit {
@@ -184,17 +182,16 @@ impl ReceiveCredit {
 
     /// Whether the peer should be told of room now, when a reader waits for `low_water` bytes.
     ///
-    /// Yes where the peer may not send what the reader waits for, and where it knows of less than half of
-    /// what it can use while at least half of that (or one full packet) is there. Everything else can wait
-    /// for the next packet that goes to the peer anyway.
+    /// Yes where the peer may not send what the reader waits for, and where there is news of three quarters
+    /// of what the peer can use. Everything else can wait for the next packet that goes to the peer anyway.
     pub fn wants_update(&self, low_water: u32) -> bool {
         let unadvertised = self.unadvertised();
         if unadvertised == 0 {
             return false;
         }
-        let peer_may_send = self.peer_may_send();
-        let reader_starves = self.unread.saturating_add(peer_may_send) < low_water;
-        let half = self.buf_alloc.min(self.peer_buf_alloc) / 2;
-        reader_starves || (peer_may_send <= half && unadvertised >= half.min(MAX_PAYLOAD))
+        let reader_starves = self.unread.saturating_add(self.peer_may_send()) < low_water;
+        // The rest keeps the reader busy until the peer has sent more.
+        let most_of_window = self.buf_alloc.min(self.peer_buf_alloc) / 4 * 3;
+        reader_starves || unadvertised >= most_of_window
     }
 }

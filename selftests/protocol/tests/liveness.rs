@@ -344,16 +344,16 @@ proptest! {
         Connection::new(&setting, tells_limit).run(&actions);
     }
 
-    /// A reader that is content with half of what can be on its way causes an update for that half, or for a
-    /// full packet, and never for less.
+    /// A reader that is content with a quarter of what can be on its way causes an update for the other three, and
+    /// never for less.
     #[test]
     fn updates_are_few(
         (setting, actions) in setting_and_actions(),
         low_water in any::<u32>(),
     ) {
         let mut connection = Connection::new(&setting, true);
-        let half = connection.window() / 2;
-        connection.low_water = (low_water % half.max(1)).max(1).min(connection.highest_low_water());
+        let quarter = connection.window() / 4;
+        connection.low_water = (low_water % quarter.max(1)).max(1).min(connection.highest_low_water());
         let actions: Vec<_> = actions
             .into_iter()
             .filter(|action| {
@@ -361,11 +361,11 @@ proptest! {
             })
             .collect();
         connection.run(&actions);
-        let bytes_for_each = u64::from(half.clamp(1, MAX_PAYLOAD));
+        let bytes_for_each = u64::from((quarter * 3).max(1));
         prop_assert!(
             connection.updates * bytes_for_each <= connection.read,
-            "{} updates for {} bytes, half of the window is {}",
-            connection.updates, connection.read, half
+            "{} updates for {} bytes, a quarter of the window is {}",
+            connection.updates, connection.read, quarter
         );
     }
 
