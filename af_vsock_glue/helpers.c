@@ -79,13 +79,18 @@ int vsock_glue_take_error(struct sock *sk)
 	return sock_error(sk);
 }
 
-/* Whether a call sleeps in recv(), send() or the like; poll() and its kin do not count. */
-bool vsock_glue_has_blocked_callers(struct sock *sk)
+bool vsock_glue_has_error(const struct sock *sk)
+{
+	return READ_ONCE(sk->sk_err);
+}
+
+/* How many calls sleep in recv(), send() or the like; poll() and its kin do not count. */
+unsigned int vsock_glue_blocked_callers(struct sock *sk)
 {
 	wait_queue_entry_t *entry;
 	struct socket_wq *wq;
 	unsigned long flags;
-	bool found = false;
+	unsigned int count = 0;
 
 	rcu_read_lock();
 	wq = rcu_dereference(sk->sk_wq);
@@ -93,13 +98,13 @@ bool vsock_glue_has_blocked_callers(struct sock *sk)
 		spin_lock_irqsave(&wq->wait.lock, flags);
 		list_for_each_entry(entry, &wq->wait.head, entry) {
 			/* What AF_VSOCK waits with; those who poll have functions of their own. */
-			found |= entry->func == autoremove_wake_function ||
+			count += entry->func == autoremove_wake_function ||
 				 entry->func == woken_wake_function;
 		}
 		spin_unlock_irqrestore(&wq->wait.lock, flags);
 	}
 	rcu_read_unlock();
-	return found;
+	return count;
 }
 
 void vsock_glue_set_socket_connected(struct sock *sk)

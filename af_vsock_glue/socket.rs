@@ -468,13 +468,19 @@ impl<'a> LockedSocket<'a> {
         unsafe { bindings::vsock_glue_take_error(self.as_sock()) != 0 }
     }
 
-    /// Whether a call on the socket sleeps, other than those that poll.
+    /// Whether the socket has an error that nobody has asked for.
+    pub(crate) fn has_error(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::vsock_glue_has_error(self.as_sock()) }
+    }
+
+    /// How many calls on the socket sleep, other than those that poll.
     ///
     /// Who holds the socket's lock and does not sleep yet is none of them, so with the lock this is exact but for
     /// those that were woken and wait for it.
-    pub(crate) fn has_blocked_callers(&self) -> bool {
+    pub(crate) fn blocked_callers(&self) -> u32 {
         // SAFETY: By the type invariant.
-        unsafe { bindings::vsock_glue_has_blocked_callers(self.as_sock()) }
+        unsafe { bindings::vsock_glue_blocked_callers(self.as_sock()) }
     }
 
     /// Wakes those who wait for a change of state.

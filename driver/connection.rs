@@ -190,8 +190,12 @@ impl ConnectionState {
 pub(crate) enum ResetState {
     /// It was not.
     No,
-    /// It was, and the next call fails with ECONNRESET.
-    Untold,
+    /// It was, and the next call fails with ECONNRESET. The socket's error stays for calls that are blocked,
+    /// where there are several.
+    Untold {
+        /// Whether it stays.
+        error_stays: bool,
+    },
     /// It was, and the application knows.
     Told,
 }

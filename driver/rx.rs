@@ -350,7 +350,10 @@ impl VsockDriver {
         if connection.reset_state() != ResetState::No {
             return;
         }
-        connection.set_reset_state(ResetState::Untold);
+        let blocked = socket.blocked_callers();
+        connection.set_reset_state(ResetState::Untold {
+            error_stays: blocked > 1,
+        });
         connection.purge();
         self.statistics.reset_connections.increment();
         if socket.close_is_scheduled() {
@@ -358,8 +361,8 @@ impl VsockDriver {
             socket.set_done();
             socket.cancel_close();
         } else if socket.state() == SocketState::Established && !socket.is_done() {
-            if socket.has_blocked_callers() {
-                // Each of them sees the error itself, which stays for all.
+            if blocked == 1 {
+                // That one sees the error itself.
                 end_after_reset(socket, connection);
             } else {
                 // The socket stays established for the core, which asks before_receive() and before_send().

@@ -232,7 +232,7 @@ impl Transport for VsockDriver {
     fn readable_messages(connection: &Connection) -> usize {
         match connection.reset_state() {
             // Without a message the core would not ask further, and the reader get an end of the stream.
-            ResetState::Untold => 1,
+            ResetState::Untold { .. } => 1,
             ResetState::No | ResetState::Told => connection.readable_messages() as usize,
         }
     }
@@ -379,12 +379,17 @@ impl VsockDriver {
 ///
 /// Afterwards readers get the end of the stream and writers EPIPE, as with TCP.
 fn tell_of_reset(socket: &LockedSocket<'_>, connection: &Connection) -> Result {
-    if connection.reset_state() != ResetState::Untold {
+    let ResetState::Untold { error_stays } = connection.reset_state() else {
         return Ok(());
-    }
+    };
     end_after_reset(socket, connection);
     // SO_ERROR may have told the application already.
-    if socket.take_error() {
+    let is_news = if error_stays {
+        socket.has_error()
+    } else {
+        socket.take_error()
+    };
+    if is_news {
         return Err(ECONNRESET);
     }
     Ok(())

@@ -21,7 +21,9 @@ fn connection(guest: &Guest, buf_alloc: u32) -> Result<(Peer<'_>, i32)> {
     let mut peer = Peer::connect(guest)?;
     let fd = guest.accept(listener)?;
     peer.set_credit(buf_alloc, 0);
-    peer.send(Op::CREDIT_UPDATE);
+    peer.send(Op::CREDIT_REQUEST);
+    // The answer says that the guest knows the credit.
+    peer.expect(Op::CREDIT_UPDATE)?;
     Ok((peer, fd))
 }
 
