@@ -7,6 +7,9 @@
 
 #include "helpers.h"
 
+#define CREATE_TRACE_POINTS
+#include "trace.h"
+
 void vsock_glue_sock_hold(struct sock *sk)
 {
 	sock_hold(sk);
@@ -216,6 +219,26 @@ void vsock_glue_zcopy_put(struct ubuf_info *uarg, bool used)
 unsigned int vsock_glue_most_segments(void)
 {
 	return MAX_SKB_FRAGS + 1;
+}
+
+struct sk_buff *vsock_glue_alloc_atomic(unsigned int size)
+{
+	return alloc_skb(size, GFP_ATOMIC);
+}
+
+void vsock_glue_clear_cb(struct sk_buff *skb)
+{
+	memset(skb->cb, 0, sizeof(skb->cb));
+}
+
+void vsock_glue_trace_received(const struct virtio_vsock_hdr *header)
+{
+	trace_packet_received(header);
+}
+
+void vsock_glue_trace_sent(const struct virtio_vsock_hdr *header)
+{
+	trace_packet_sent(header);
 }
 
 int vsock_glue_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue *vqs[],

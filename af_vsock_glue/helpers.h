@@ -15,6 +15,8 @@
 #include <linux/workqueue.h>
 #include <net/af_vsock.h>
 #include <net/sock.h>
+#include <uapi/linux/virtio_vsock.h>
+#include <uapi/linux/vsockmon.h>
 
 /* sock */
 void vsock_glue_sock_hold(struct sock *sk);
@@ -56,6 +58,12 @@ void vsock_glue_zcopy_set(struct sk_buff *skb, struct ubuf_info *uarg);
 void vsock_glue_zcopy_set_copied(struct ubuf_info *uarg);
 void vsock_glue_zcopy_put(struct ubuf_info *uarg, bool used);
 unsigned int vsock_glue_most_segments(void);
+struct sk_buff *vsock_glue_alloc_atomic(unsigned int size);
+void vsock_glue_clear_cb(struct sk_buff *skb);
+
+/* tracepoints */
+void vsock_glue_trace_received(const struct virtio_vsock_hdr *header);
+void vsock_glue_trace_sent(const struct virtio_vsock_hdr *header);
 
 /* virtio */
 int vsock_glue_find_vqs(struct virtio_device *vdev, unsigned int count, struct virtqueue *vqs[],

@@ -10,6 +10,7 @@
 //! | --- | --- |
 //! | [`skb`] | `struct sk_buff` that has one owner, and queues of them |
 //! | [`message`] | `struct msghdr`, as source and as destination |
+//! | [`monitor`] | vsockmon and tracepoints |
 //! | [`virtio`] | `struct virtio_driver`, `struct virtio_device`, `struct virtqueue` |
 //! | [`socket`] | `struct vsock_sock`, its lock, the tables of sockets |
 //! | [`transport`] | `struct vsock_transport`: what a transport implements, and its registration |
@@ -17,6 +18,7 @@
 
 mod bindings;
 pub(crate) mod message;
+pub(crate) mod monitor;
 pub(crate) mod skb;
 pub(crate) mod socket;
 pub(crate) mod transport;

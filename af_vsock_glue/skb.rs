@@ -271,6 +271,15 @@ impl<C> SkBuff<C> {
         true
     }
 
+    /// The first `N` bytes, of a buffer that no device writes to; `None` where there are fewer in one piece.
+    pub(crate) fn front<const N: usize>(&self) -> Option<&[u8; N]> {
+        let skb = self.as_raw();
+        // SAFETY: The buffer is valid and ours, and its linear part as long as asked for.
+        unsafe {
+            ((*skb).len - (*skb).data_len >= N as u32).then(|| &*(*skb).data.cast::<[u8; N]>())
+        }
+    }
+
     /// A copy of the first `N` bytes, read once; `None` where there are fewer.
     pub(crate) fn copy_front<const N: usize>(&self) -> Option<[u8; N]> {
         let mut front = [0; N];

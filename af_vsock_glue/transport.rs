@@ -7,6 +7,7 @@
 use super::{
     bindings,
     message::{MessageDest, MessageSource},
+    skb::SkBuff,
     socket::{Address, Directions, LockedSocket, Socket},
 };
 use core::{any::TypeId, marker::PhantomPinned, ptr};
@@ -90,6 +91,14 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
         message: &mut MessageDest,
         peek: bool,
     ) -> Result<usize>;
+
+    /// Takes the next packet out of what was received, with what of it was not read. The boundaries of messages
+    /// are lost.
+    fn take_packet(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Self::Connection>,
+    ) -> Option<SkBuff<()>>;
 
     /// A writer is about to send.
     fn before_send(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> Result;
@@ -345,6 +354,7 @@ fn operations<T: Transport>(module: &'static ThisModule) -> bindings::vsock_tran
         seqpacket_dequeue: Some(seqpacket_dequeue::<T>),
         seqpacket_enqueue: Some(seqpacket_enqueue::<T>),
         seqpacket_has_data: Some(seqpacket_has_data::<T>),
+        read_skb: Some(read_skb::<T>),
         msgzerocopy_allow: Some(msgzerocopy_allow),
         notify_poll_in: Some(notify_poll_in::<T>),
         notify_poll_out: Some(notify_poll_out::<T>),
@@ -528,6 +538,30 @@ extern "C" fn seqpacket_allow<T: Transport>(vsk: Vsk, remote_cid: u32) -> bool {
         context::<T>()
             .is_some_and(|context| context.allows_seqpacket(Socket::from_raw(vsk), remote_cid))
     }
+}
+
+/// Gives all that was received to an actor, such as the BPF programs of a sockmap.
+extern "C" fn read_skb<T: Transport>(vsk: Vsk, actor: bindings::skb_read_actor_t) -> c_int {
+    // SAFETY: The core's `sk_data_ready` callback calls, so that the socket's lock is held: see
+    // `LockedSocket::wake_readers()`.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            let actor = actor.ok_or(EINVAL)?;
+            let mut taken = 0;
+            while let Some(packet) = context.take_packet(socket, connection) {
+                let packet = packet.into_raw();
+                // Nothing of ours is shown to a program.
+                bindings::vsock_glue_clear_cb(packet);
+                // The packet is the actor's, also where it fails.
+                match actor(socket.as_sock(), packet) {
+                    len if len >= 0 => taken += len,
+                    error if taken == 0 => return Err(Error::from_errno(error)),
+                    _ => break,
+                }
+            }
+            Ok(taken)
+        })
+    })
 }
 
 extern "C" fn msgzerocopy_allow() -> bool {

@@ -51,6 +51,12 @@ impl Received {
             .or(self.last)
     }
 
+    /// How many message ends were not read.
+    fn unread_ends(&self) -> u32 {
+        let merged = self.merged.len() as u32 - self.merged_read;
+        merged + u32::from(self.last.is_some())
+    }
+
     /// Notes that the first message end was read.
     fn end_read(&mut self) {
         if (self.merged_read as usize) < self.merged.len() {
@@ -547,6 +553,26 @@ impl Connection {
         }
         self.return_queue(packets, message.len, message.len, freed_truesize, 1);
         result.map(|()| Some(message))
+    }
+
+    /// Takes the first packet out, with what of it was not read. Needs the socket's lock.
+    pub(crate) fn take_packet(&self) -> Option<SkBuff<()>> {
+        let mut state = self.state.lock();
+        let packet = state.queue.packets.pop_front()?;
+        let (read, len) = (packet.control().read, packet.len() as u32);
+        let freed = match self.socket_type {
+            // What was read of its messages came back to the peer already.
+            SocketType::SeqPacket => len - read,
+            _ => len,
+        };
+        state.receive.consume(len - read, freed);
+        state.queue.truesize = state.queue.truesize.saturating_sub(packet.truesize());
+        let ends = packet.control().unread_ends();
+        state.queue.messages = state.queue.messages.saturating_sub(ends);
+        drop(state);
+        let mut packet = packet.with_control(());
+        packet.pull(read as usize);
+        Some(packet)
     }
 
     /// Throws away what was received and not read.

@@ -25,10 +25,15 @@ pub(crate) mod tx;
 
 use crate::{
     af_vsock_glue::{
+        monitor::{Purpose, RawHeader},
         socket::Address,
         workqueue::OwnedQueue, //
     },
-    protocol::{cid::Cid, SocketTypes},
+    protocol::{
+        cid::Cid,
+        header::{Header, Op},
+        SocketTypes, //
+    },
 };
 use kernel::{
     prelude::*,
@@ -162,6 +167,17 @@ impl VsockDriver {
     fn set_guest_cid(&self, cid: Option<Cid>) {
         self.guest_cid
             .store(cid.map_or(Address::CID_ANY, Cid::get), Relaxed);
+    }
+}
+
+/// What a packet is for, to those who watch packets.
+fn purpose(header: &RawHeader) -> Purpose {
+    match Header::parse(header).op {
+        Op::Request | Op::Response => Purpose::Connect,
+        Op::Rst | Op::Shutdown => Purpose::Disconnect,
+        Op::CreditUpdate | Op::CreditRequest => Purpose::Control,
+        Op::Rw => Purpose::Payload,
+        Op::Unknown(_) => Purpose::Unknown,
     }
 }
 

@@ -4,6 +4,7 @@
 
 use super::{
     connection::{Connection, ResetState},
+    purpose,
     queue_work,
     sockets::end_after_reset,
     tx::Message,
@@ -12,6 +13,7 @@ use super::{
 };
 use crate::{
     af_vsock_glue::{
+        monitor::{self, Direction},
         skb::SkBuff,
         socket::{Address, Directions, LockedSocket, Socket, SocketKind, SocketState},
         virtio::{FromDevice, PushError, RawQueue, Virtqueue},
@@ -118,20 +120,21 @@ impl VsockDriver {
 
     /// Takes a packet apart and finds the socket that it is for.
     fn receive(self: &Arc<Self>, mut packet: SkBuff<()>) {
-        let Some(header) = packet.copy_front::<HEADER_LEN>() else {
+        let Some(raw_header) = packet.copy_front::<HEADER_LEN>() else {
             self.statistics.dropped_short.increment();
             return;
         };
-        let header = Header::parse(&header);
-        packet.pull(HEADER_LEN);
+        let header = Header::parse(&raw_header);
         let Some(len) = usize::try_from(header.len)
             .ok()
-            .filter(|len| *len <= packet.len())
+            .filter(|len| *len <= packet.len() - HEADER_LEN)
         else {
             self.statistics.dropped_short.increment();
             return;
         };
-        packet.truncate(len);
+        packet.truncate(HEADER_LEN + len);
+        monitor::show(Direction::Received, &raw_header, purpose, &packet);
+        packet.pull(HEADER_LEN);
         self.statistics.rx_packets.increment();
         self.statistics.rx_bytes.add(len);
 

@@ -151,6 +151,16 @@ impl Transport for VsockDriver {
         Ok(read.len)
     }
 
+    fn take_packet(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Connection>,
+    ) -> Option<SkBuff<()>> {
+        let packet = connection.take_packet()?;
+        self.send_wanted_credit_update(socket, connection, socket.low_water());
+        Some(packet)
+    }
+
     fn before_send(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
         tell_of_reset(socket, connection)
     }

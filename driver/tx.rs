@@ -9,6 +9,7 @@
 
 use super::{
     connection::Connection,
+    purpose,
     queue_work,
     work,
     VsockDriver, //
@@ -16,6 +17,7 @@ use super::{
 use crate::{
     af_vsock_glue::{
         message::{MessageSource, ZeroCopy},
+        monitor::{self, Direction},
         skb::{Payload, SkBuff, SkBuffQueue},
         socket::{LockedSocket, Socket},
         virtio::{PushError, RawQueue, ToDevice, Virtqueue},
@@ -483,6 +485,9 @@ impl VsockDriver {
     ) -> Result<(), (OutgoingPacket, Error)> {
         if queue.queue.is_broken() {
             return Err((packet, EIO));
+        }
+        if let Some(header) = packet.front() {
+            monitor::show(Direction::Sent, header, purpose, &packet);
         }
         let nothing_waits = self.tx.backlog.lock().packets.is_empty();
         let pushed = if nothing_waits {

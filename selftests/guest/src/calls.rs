@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use serde_json::{json, Value};
 
+use crate::observe;
 use crate::pattern;
 use crate::sys::{self, End};
 
@@ -89,6 +90,17 @@ struct Many {
 }
 
 #[derive(Deserialize)]
+struct Interface {
+    interface: String,
+}
+
+#[derive(Deserialize)]
+struct Redirect {
+    from: RawFd,
+    to: RawFd,
+}
+
+#[derive(Deserialize)]
 struct Script {
     script: String,
 }
@@ -130,6 +142,22 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
         "recv_len" => {
             let Receive { fd, len, flags } = params(given)?;
             json!(sys::recv(fd, &mut vec![0; len], flags)?)
+        }
+        "recv_bytes" => {
+            let Receive { fd, len, flags } = params(given)?;
+            let mut bytes = vec![0; len];
+            let len = sys::recv(fd, &mut bytes, flags)?;
+            bytes.truncate(len);
+            json!(bytes)
+        }
+        "packet_socket" => {
+            let Interface { interface } = params(given)?;
+            json!(observe::packet_socket(&interface)?)
+        }
+        "sockets" => json!(observe::sockets()?),
+        "redirect" => {
+            let Redirect { from, to } = params(given)?;
+            json!(observe::redirect(from, to)?)
         }
         "send_pattern" => send_pattern(&params(given)?)?,
         "recv_pattern" => recv_pattern(&params(given)?)?,

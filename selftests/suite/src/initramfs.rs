@@ -103,6 +103,16 @@ impl<'a> Initramfs<'a> {
         }
     }
 
+    /// Whether a driver is loaded at boot.
+    pub fn has_driver(&self) -> bool {
+        [Driver::Rs, Driver::C].iter().any(|driver| {
+            self.modules.iter().any(|path| {
+                path.to_string_lossy()
+                    .contains(&format!("/{}.ko", driver.module()))
+            })
+        })
+    }
+
     /// Puts a driver into `/extra`, with what it needs, without loading it.
     pub fn extra_driver(&mut self, driver: Driver) -> Result<()> {
         let paths = match driver {

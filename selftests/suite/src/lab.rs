@@ -77,11 +77,31 @@ impl<'a> Lab<'a> {
         self.guest_with(GUEST_CID, Some(self.driver), &[])
     }
 
+    /// Boots a guest with the driver under test and other modules of the kernel.
+    pub fn guest_with_modules(&self, modules: &[&str]) -> Result<Guest> {
+        self.boot(GUEST_CID, |initramfs| {
+            initramfs.driver(self.driver)?;
+            initramfs.modules(modules)
+        })
+    }
+
     /// Boots a guest with a driver, or none; `extra` drivers are in `/extra`, not loaded.
     pub fn guest_with(&self, cid: u32, driver: Option<Driver>, extra: &[Driver]) -> Result<Guest> {
+        self.boot(cid, |initramfs| {
+            if let Some(driver) = driver {
+                initramfs.driver(driver)?;
+            }
+            extra
+                .iter()
+                .try_for_each(|driver| initramfs.extra_driver(*driver))
+        })
+    }
+
+    /// Boots a guest from an initramfs that `fill` has put something into.
+    fn boot(&self, cid: u32, fill: impl Fn(&mut Initramfs) -> Result<()>) -> Result<Guest> {
         let mut attempts = 1..BOOT_ATTEMPTS;
         loop {
-            match self.boot_guest(cid, driver, extra) {
+            match self.boot_once(cid, &fill) {
                 Err(error) if error.is::<KernelStoodStill>() && attempts.next().is_some() => {
                     println!("note: {error:#}; begun again");
                 }
@@ -90,7 +110,7 @@ impl<'a> Lab<'a> {
         }
     }
 
-    fn boot_guest(&self, cid: u32, driver: Option<Driver>, extra: &[Driver]) -> Result<Guest> {
+    fn boot_once(&self, cid: u32, fill: &impl Fn(&mut Initramfs) -> Result<()>) -> Result<Guest> {
         let name = format!("guest{cid}");
         let uds = self.dir.join(format!("{name}.uds"));
         let socket = self.dir.join(format!("{name}.vhost"));
@@ -98,12 +118,8 @@ impl<'a> Lab<'a> {
         config.uds_path = Some(uds.clone());
         let device = Device::start(config, self.switch.clone())?;
         let mut initramfs = Initramfs::new(self.env)?;
-        if let Some(driver) = driver {
-            initramfs.driver(driver)?;
-        }
-        for driver in extra {
-            initramfs.extra_driver(*driver)?;
-        }
+        fill(&mut initramfs)?;
+        let has_driver = initramfs.has_driver();
         let image = self.dir.join(format!("{name}.cpio"));
         initramfs.write(&image)?;
         let machine = Machine::boot(
@@ -117,7 +133,7 @@ impl<'a> Lab<'a> {
         crate::lock(&self.consoles).push(machine.console.clone());
         // It is large, and not needed any more.
         let _ = std::fs::remove_file(image);
-        if driver.is_some() {
+        if has_driver {
             device.wait_ready(LIMIT)?;
         }
         Ok(Guest {

@@ -5,6 +5,7 @@
 mod credit;
 mod hostile;
 mod lifecycle;
+mod observe;
 mod reset;
 mod stream;
 
@@ -30,6 +31,7 @@ tests! {
         updates_are_few, low_water_mark, ioctls, epoll_edges, buffer_size_limits;
     reset: new_cid, same_cid_and_blocked_calls, late_rst_does_not_hide_it, repeated;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop;
+    observe: vsockmon, tracepoints, diagnostics, sockmap;
     hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, tx_not_consumed,
         reply_flood;
 }

@@ -64,7 +64,9 @@ pub fn same_cid_and_blocked_calls(lab: &Lab) -> Result<()> {
     let mut peer = Peer::connect(&guest)?;
     let fd = guest.accept(listener)?;
     peer.set_credit(1000, 0);
-    peer.send(Op::CREDIT_UPDATE);
+    peer.send(Op::CREDIT_REQUEST);
+    // The answer says that the guest knows the credit.
+    peer.expect(Op::CREDIT_UPDATE)?;
     let reading = guest.start("recv", json!({"fd": fd, "len": 1}));
     let sending = guest.start_send_pattern(fd, 1, 5_000);
     let polling = guest.start_poll(fd, libc::POLLIN, LIMIT);

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Whoever looks at sockets from outside: captures, tracepoints, diagnostics, BPF programs.
+
+use std::io::{Read, Write};
+
+use anyhow::{Context, Result};
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::lab::{expect_eq, wait_for, Guest, Lab, GUEST_CID, LIMIT, PORT};
+use crate::Driver;
+
+const HOST_CID: u32 = vsock_device::HOST_CID as u32;
+
+/// `struct af_vsockmon_hdr`: addresses, what the packet is for, and what follows.
+const MONITOR_HEADER: usize = 32;
+
+/// A packet as a vsockmon device gives it.
+#[derive(Debug, PartialEq, Eq)]
+struct Captured {
+    source: (u64, u32),
+    destination: (u64, u32),
+    purpose: u16,
+    operation: u16,
+    payload: Vec<u8>,
+}
+
+impl Captured {
+    fn parse(bytes: &[u8]) -> Option<Self> {
+        let u16_at = |at: usize| Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
+        let u32_at = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
+        let u64_at = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
+        let header_len = usize::from(u16_at(28)?);
+        Some(Self {
+            source: (u64_at(0)?, u32_at(16)?),
+            destination: (u64_at(8)?, u32_at(20)?),
+            purpose: u16_at(24)?,
+            operation: u16_at(MONITOR_HEADER + 30)?,
+            payload: bytes.get(MONITOR_HEADER + header_len..)?.to_vec(),
+        })
+    }
+}
+
+/// The next packet on a packet socket that is for `operation`.
+fn next_capture(guest: &Guest, fd: i32, operation: u16) -> Result<Captured> {
+    loop {
+        let bytes: Vec<u8> = guest
+            .start("recv_bytes", json!({"fd": fd, "len": 65536}))
+            .wait(LIMIT)
+            .with_context(|| format!("waiting for a capture of operation {operation}"))?;
+        let captured = Captured::parse(&bytes).context("a capture that is too short")?;
+        if captured.operation == operation {
+            return Ok(captured);
+        }
+    }
+}
+
+/// A vsockmon device captures packets in both directions, in the format of its header.
+pub fn vsockmon(lab: &Lab) -> Result<()> {
+    const REQUEST: u16 = 1;
+    const RESPONSE: u16 = 2;
+    const RST: u16 = 3;
+    const RW: u16 = 5;
+    let guest = lab.guest_with_modules(&["vsockmon"])?;
+    guest.sh("ip link add name vsockmon0 type vsockmon && ip link set vsockmon0 up")?;
+    let capture: i32 = guest
+        .start("packet_socket", json!({"interface": "vsockmon0"}))
+        .wait(LIMIT)?;
+    let listener = guest.listener(PORT)?;
+    let mut stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    let request = next_capture(&guest, capture, REQUEST)?;
+    let host = request.source;
+    let own = (u64::from(GUEST_CID), PORT);
+    let packet = |source, destination, purpose, operation, payload: &[u8]| Captured {
+        source,
+        destination,
+        purpose,
+        operation,
+        payload: payload.to_vec(),
+    };
+    expect_eq("the request", request, packet(host, own, 1, REQUEST, b""))?;
+    expect_eq("the host's CID", host.0, u64::from(HOST_CID))?;
+    expect_eq(
+        "the response",
+        next_capture(&guest, capture, RESPONSE)?,
+        packet(own, host, 1, RESPONSE, b""),
+    )?;
+    stream.write_all(b"from the host")?;
+    expect_eq(
+        "what the host sent",
+        next_capture(&guest, capture, RW)?,
+        packet(host, own, 4, RW, b"from the host"),
+    )?;
+    guest.send(fd, "from the guest")?;
+    expect_eq(
+        "what the guest sent",
+        next_capture(&guest, capture, RW)?,
+        packet(own, host, 4, RW, b"from the guest"),
+    )?;
+    // Payload of several pages comes whole.
+    let long = "long ".repeat(8_000);
+    guest.send(fd, &long)?;
+    let mut seen = Vec::new();
+    while seen.len() < long.len() {
+        seen.extend(next_capture(&guest, capture, RW)?.payload);
+    }
+    expect_eq("a long packet's payload", seen == long.as_bytes(), true)?;
+    guest.close(listener)?;
+    guest.close(fd)?;
+    drop(stream);
+    let end = next_capture(&guest, capture, RST)?;
+    expect_eq("what an RST is for", end.purpose, 2)?;
+    guest.close(capture).map_err(Into::into)
+}
+
+/// Tracepoints for packets, as ftrace and perf find them.
+pub fn tracepoints(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let events = match lab.driver {
+        Driver::Rs => "virtio_vsock_rs",
+        Driver::C => "vsock",
+    };
+    guest.sh(&format!(
+        "cd /sys/kernel/debug/tracing && echo 1 >events/{events}/enable"
+    ))?;
+    let listener = guest.listener(PORT)?;
+    let mut stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    stream.write_all(b"12345")?;
+    expect_eq("recv()", guest.recv(fd, 5)?, "12345".to_owned())?;
+    guest.send(fd, "1234567")?;
+    let mut answer = [0; 7];
+    stream.read_exact(&mut answer)?;
+    let port = guest.peer_address(fd)?.1;
+    for expected in [
+        format!("{HOST_CID}:{port} -> {GUEST_CID}:{PORT} len=0 type=STREAM op=REQUEST"),
+        format!("{GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=0 type=STREAM op=RESPONSE"),
+        format!("{HOST_CID}:{port} -> {GUEST_CID}:{PORT} len=5 type=STREAM op=RW"),
+        format!("{GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=7 type=STREAM op=RW"),
+    ] {
+        wait_for(&format!("the trace to have {expected:?}"), || {
+            Ok(guest
+                .sh("cat /sys/kernel/debug/tracing/trace")?
+                .contains(&expected))
+        })?;
+    }
+    Ok(())
+}
+
+/// A socket as the kernel's diagnostics show it.
+#[derive(Debug, Deserialize)]
+struct Shown {
+    kind: u8,
+    state: u8,
+    own: (u32, u32),
+    peer: (u32, u32),
+}
+
+/// The kernel's diagnostics list listeners and connections.
+pub fn diagnostics(lab: &Lab) -> Result<()> {
+    const ESTABLISHED: u8 = 1;
+    const LISTEN: u8 = 10;
+    let guest = lab.guest_with_modules(&["vsock_diag"])?;
+    let listener = guest.listener(PORT)?;
+    let _stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    let peer = guest.peer_address(fd)?;
+    let shown: Vec<Shown> = guest.start("sockets", json!({})).wait(LIMIT)?;
+    let of_state = |state| {
+        shown
+            .iter()
+            .filter(|socket| socket.state == state && socket.kind == 1)
+            .map(|socket| (socket.own, socket.peer))
+            .collect::<Vec<_>>()
+    };
+    expect_eq(
+        "connections",
+        of_state(ESTABLISHED),
+        vec![((GUEST_CID, PORT), peer)],
+    )?;
+    expect_eq(
+        "listeners",
+        of_state(LISTEN)
+            .into_iter()
+            .map(|(own, _)| own)
+            .collect::<Vec<_>>(),
+        vec![(u32::MAX, PORT)],
+    )
+}
+
+/// A BPF program of a sockmap redirects what one socket receives to another.
+pub fn sockmap(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let mut from = guest.connect_from_host(PORT)?;
+    let from_fd = guest.accept(listener)?;
+    let mut to = guest.connect_from_host(PORT)?;
+    let to_fd = guest.accept(listener)?;
+    guest
+        .start("redirect", json!({"from": from_fd, "to": to_fd}))
+        .wait::<()>(LIMIT)?;
+    // More than a buffer, so that credit has to come back.
+    let sent: Vec<u8> = (0..1_000_000_u32)
+        .map(|number| (number % 251) as u8)
+        .collect();
+    let writing = {
+        let sent = sent.clone();
+        std::thread::spawn(move || from.write_all(&sent).map(|()| from))
+    };
+    let mut received = vec![0; sent.len()];
+    to.read_exact(&mut received)
+        .context("reading what was redirected")?;
+    expect_eq("what was redirected", received == sent, true)?;
+    let _from = writing
+        .join()
+        .map_err(|_| anyhow::anyhow!("the writer panicked"))?
+        .context("writing")?;
+    // The other way nothing is redirected.
+    to.write_all(b"direct")?;
+    expect_eq("recv()", guest.recv(to_fd, 6)?, "direct".to_owned())
+}
