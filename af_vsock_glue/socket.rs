@@ -199,23 +199,90 @@ impl Socket {
     /// References to some sockets in the table of connected ones that belong to transport `T`: to all, where
     /// there are at most [`BATCH`].
     pub(crate) fn some_connected<T: Transport>() -> [Option<ARef<Self>>; BATCH] {
+        let table = &raw mut bindings::vsock_connected_table;
+        // SAFETY: It is the table of connected sockets, linked by that field. A socket's transport may change
+        // meanwhile; the caller looks again under the socket's lock.
+        unsafe {
+            Self::some_of(
+                table.cast::<bindings::list_head>(),
+                (*table).len(),
+                offset_of!(bindings::vsock_sock, connected_table),
+                |vsk| transport::is_ours::<T>(ptr::read_volatile(&raw const (*vsk).transport)),
+            )
+        }
+    }
+
+    /// Gives all sockets that are bound to the CID `old` and have no connection the CID `new` instead. Sleeps,
+    /// and takes their locks.
+    ///
+    /// A socket that is being connected, or whose connection ends, keeps its address.
+    pub(crate) fn change_bound_cid(old: u32, new: u32) {
+        let table = &raw mut bindings::vsock_bind_table;
+        // SAFETY: The table's last list has the sockets that are not bound.
+        let lists = unsafe { (*table).len() } - 1;
+        for list in 0..lists {
+            loop {
+                // SAFETY: It is one of the table's lists, linked by that field.
+                let found = unsafe {
+                    Self::some_of(
+                        table.cast::<bindings::list_head>().add(list),
+                        1,
+                        offset_of!(bindings::vsock_sock, bound_table),
+                        |vsk| Self::is_bound_to(vsk, old),
+                    )
+                };
+                let mut changed = false;
+                for socket in found.iter().flatten() {
+                    changed |= socket.lock().change_own_cid(old, new);
+                }
+                // Those that were not changed are found again, so a list without any change is done.
+                if !changed {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Whether a socket is bound to a CID and has no connection.
+    ///
+    /// # Safety
+    ///
+    /// `vsk` is valid, and the lock of the tables held.
+    unsafe fn is_bound_to(vsk: *mut bindings::vsock_sock, cid: u32) -> bool {
+        // SAFETY: As the caller promises; the state is read atomically.
+        unsafe {
+            let state = u32::from(bindings::vsock_glue_state(vsk.cast()));
+            (*vsk).local_addr.svm_cid == cid
+                && (state == bindings::TCP_LISTEN || state == bindings::TCP_CLOSE)
+        }
+    }
+
+    /// References to some of the sockets in a table's lists that match: to all, where there are at most
+    /// [`BATCH`].
+    ///
+    /// # Safety
+    ///
+    /// `first` is the first of `lists` lists that the lock of the tables protects, whose sockets are linked at
+    /// `link_offset`. `matches` may be called with any of them and the lock held.
+    unsafe fn some_of(
+        first: *mut bindings::list_head,
+        lists: usize,
+        link_offset: usize,
+        matches: impl Fn(*mut bindings::vsock_sock) -> bool,
+    ) -> [Option<ARef<Self>>; BATCH] {
         let mut found = [const { None }; BATCH];
         let mut room = found.iter_mut();
-        // SAFETY: The table's lock protects the lists, and their sockets from going away. A socket's transport
-        // may change meanwhile; the caller looks again under the socket's lock.
+        // SAFETY: The lock protects the lists, and their sockets from going away.
         unsafe {
             bindings::vsock_glue_table_lock();
-            let table = &raw mut bindings::vsock_connected_table;
-            'table: for bucket in 0..(*table).len() {
-                let head = (&raw mut (*table)[bucket]).cast::<bindings::list_head>();
+            'lists: for list in 0..lists {
+                let head = first.add(list);
                 let mut at = (*head).next;
                 while !ptr::eq(at, head) {
-                    let vsk = at
-                        .byte_sub(offset_of!(bindings::vsock_sock, connected_table))
-                        .cast::<bindings::vsock_sock>();
-                    if transport::is_ours::<T>(ptr::read_volatile(&raw const (*vsk).transport)) {
+                    let vsk = at.byte_sub(link_offset).cast::<bindings::vsock_sock>();
+                    if matches(vsk) {
                         let Some(place) = room.next() else {
-                            break 'table;
+                            break 'lists;
                         };
                         *place = Some(Self::from_raw(vsk).into());
                     }
@@ -389,6 +456,22 @@ impl<'a> LockedSocket<'a> {
         unsafe {
             (*self.as_raw()).local_addr = local.to_raw();
             (*self.as_raw()).remote_addr = remote.to_raw();
+        }
+    }
+
+    /// Gives the socket the CID `new` where it is bound to `old` and has no connection; returns whether it was so.
+    fn change_own_cid(&self, old: u32, new: u32) -> bool {
+        let vsk = self.as_raw();
+        // SAFETY: The lock is held, and that of the tables, whose readers compare addresses. The hash of an
+        // address is that of its port alone, so that the socket stays in its list.
+        unsafe {
+            bindings::vsock_glue_table_lock();
+            let changes = Socket::is_bound_to(vsk, old);
+            if changes {
+                (*vsk).local_addr.svm_cid = new;
+            }
+            bindings::vsock_glue_table_unlock();
+            changes
         }
     }
 

@@ -93,6 +93,7 @@ impl VsockDriver {
         self.set_socket_types(SocketTypes::negotiated(|bit| device.has_feature(bit)));
         self.tx.start(tx);
         self.set_guest_cid(Some(cid));
+        self.let_bound_sockets_follow(cid);
         *self.events.lock() = Some(events);
         *self.rx.lock() = Some(rx);
         // Interrupts that came before this found no queues.

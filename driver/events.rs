@@ -6,7 +6,7 @@ use super::{queue_work, work, VsockDriver};
 use crate::{
     af_vsock_glue::{
         skb::SkBuff,
-        socket::Socket,
+        socket::{Address, Socket},
         virtio::{FromDevice, LiveDevice, RawQueue, Virtqueue},
         workqueue::{cond_resched, may_log},
     },
@@ -15,7 +15,10 @@ use crate::{
         event::{Event, EVENT_LEN},
     },
 };
-use kernel::{prelude::*, sync::Arc};
+use kernel::{
+    prelude::*,
+    sync::{atomic::Relaxed, Arc},
+};
 
 /// How many events the device can have under way.
 const BUFFERS: usize = 8;
@@ -121,12 +124,24 @@ impl VsockDriver {
         self.set_guest_cid(cid);
         self.statistics.transport_resets.increment();
         let reset = self.reset_all_connections();
+        if let Some(cid) = cid {
+            self.let_bound_sockets_follow(cid);
+        }
         if may_log() {
             pr_info!(
                 "transport reset: CID {} is now {}, {reset} connections were reset\n",
                 before.map_or(0, Cid::get),
                 cid.map_or(0, Cid::get)
             );
+        }
+    }
+
+    /// Gives sockets that are bound to the CID that the guest had its present one. Sleeps, and takes sockets'
+    /// locks. The caller has the rx mutex, or begins to use a device.
+    pub(super) fn let_bound_sockets_follow(&self, cid: Cid) {
+        let before = self.bound_cid.xchg(cid.get(), Relaxed);
+        if before != cid.get() && before != Address::CID_ANY {
+            Socket::change_bound_cid(before, cid.get());
         }
     }
 

@@ -57,6 +57,9 @@ pub(crate) struct VsockDriver {
     /// The current device's CID; [`Address::CID_ANY`] while there is no device.
     guest_cid: Atomic<u32>,
 
+    /// The CID that sockets bound to the guest's have; [`Address::CID_ANY`] before the first device.
+    bound_cid: Atomic<u32>,
+
     /// The kinds of sockets that driver and device agreed on, a bit each; see [`Self::socket_types`].
     socket_types: Atomic<u32>,
 
@@ -122,6 +125,7 @@ impl VsockDriver {
         Arc::pin_init(
             pin_init!(Self {
                 guest_cid: Atomic::new(Address::CID_ANY),
+                bound_cid: Atomic::new(Address::CID_ANY),
                 socket_types: Atomic::new(0),
                 device <- new_mutex!(device::DeviceState::default(), "virtio_vsock_rs_device"),
                 rx <- new_mutex!(None, "virtio_vsock_rs_rx"),

@@ -29,7 +29,7 @@ tests! {
         linger, epipe, many_connections;
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,
         updates_are_few, low_water_mark, ioctls, epoll_edges, buffer_size_limits;
-    reset: new_cid, same_cid_and_blocked_calls, late_rst_does_not_hide_it, repeated;
+    reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, repeated;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop;
     observe: vsockmon, tracepoints, diagnostics, sockmap;
     hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, tx_not_consumed,

@@ -57,6 +57,53 @@ pub fn new_cid(lab: &Lab) -> Result<()> {
     )
 }
 
+/// Sockets that are bound to the guest's own CID have the new one, again and again, also after the device was gone.
+pub fn bound_sockets_follow(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.socket(STREAM)?;
+    guest.bind(listener, GUEST_CID, PORT)?;
+    guest.listen(listener, 8)?;
+    let bound = guest.socket(STREAM)?;
+    guest.bind(bound, GUEST_CID, PORT + 1)?;
+    let any = guest.listener(PORT + 2)?;
+    // More than one batch.
+    let mut many = Vec::new();
+    for number in 0..100 {
+        let fd = guest.socket(STREAM)?;
+        // The kernel's table has 251 lists; these are all in one of them.
+        guest.bind(fd, GUEST_CID, 100_000 + 251 * number)?;
+        many.push((fd, 100_000 + 251 * number));
+    }
+    many.extend([(listener, PORT), (bound, PORT + 1)]);
+    let reset_to = |cid: u32| -> Result<()> {
+        guest.device.transport_reset(u64::from(cid));
+        for (fd, port) in &many {
+            wait_for(&format!("port {port} to have CID {cid}"), || {
+                Ok(guest.own_address(*fd)? == (cid, *port))
+            })?;
+        }
+        expect_eq(
+            "VMADDR_CID_ANY",
+            guest.own_address(any)?,
+            (u32::MAX, PORT + 2),
+        )?;
+        for (listener, port) in [(listener, PORT), (any, PORT + 2)] {
+            let _stream = guest.connect_from_host(port)?;
+            let fd = guest.accept(listener)?;
+            expect_eq("the connection", guest.own_address(fd)?, (cid, port))?;
+            guest.close(fd)?;
+        }
+        Ok(())
+    };
+    for cid in [GUEST_CID + 7, GUEST_CID, GUEST_CID, GUEST_CID + 1] {
+        reset_to(cid)?;
+    }
+    // No CID for a while: the sockets stay as they are, and have the next one.
+    guest.device.transport_reset(0);
+    wait_for_cid(&guest, u32::MAX)?;
+    reset_to(GUEST_CID + 3)
+}
+
 /// With the same CID, as after a snapshot; calls that block at that moment end, unread and unsent data is gone.
 pub fn same_cid_and_blocked_calls(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
