@@ -10,6 +10,7 @@
 # Sets KERNEL, KERNEL_DIR and KERNEL_TREE. Which release the defaults mean is asked from the mirror once and kept.
 resolve_kernel() {
     local record pattern names
+    ! is_own_kernel || resolve_own_kernel
     if [[ -z $KERNEL ]]; then
         record=$VSOCK_CACHE/kernel-release/$SUITE/$FLAVOUR/$KERNEL_VERSION
         if [[ ! -s $record ]]; then
@@ -57,13 +58,16 @@ download_packages() {
 
 # The version of the package that has a release, which that of its source must be.
 kernel_package_version() {
-    in_root apt-cache show --no-all-versions "linux-headers-$KERNEL" | sed -n 's/^Version: //p'
+    local stock=$KERNEL
+    ! is_own_kernel || stock=$(stock_kernel_of)
+    in_root apt-cache show --no-all-versions "linux-headers-$stock" | sed -n 's/^Version: //p'
 }
 
 # Sets KERNEL_SOURCE to the release's source, unpacked.
 ensure_kernel_source() {
     local version new series
     if [[ ! -s $KERNEL_DIR/package-version ]]; then
+        ensure_root
         version=$(kernel_package_version) || true
         [[ -n $version ]] || die "$SUITE has no package linux-headers-$KERNEL" \
             "'make update' for new package lists, or another SUITE= or KERNEL="
@@ -110,6 +114,7 @@ check_compilers() {
         die "the kernel was built with '$want', and here is '$have'" "$COMPILER_MENDING"
     want=$(config_text CONFIG_CC_VERSION_TEXT "$config")
     KERNEL_CC=${want%% *}
+    [[ -z $(config_text CONFIG_CC_IS_CLANG "$config") ]] || KERNEL_CC=clang
     have=$("$@" "$KERNEL_CC" --version 2>/dev/null | head -n 1) || true
     [[ $have == "$want" ]] ||
         die "the kernel was built with '$want', and here is '${have:-no $KERNEL_CC}'" \
@@ -118,6 +123,7 @@ check_compilers() {
 
 ensure_kernel_tree() {
     local config headers=$KERNEL_DIR/headers stamp=$KERNEL_TREE/.complete
+    ! is_own_kernel || { ensure_own_kernel; return 0; }
     # A prepared tree bears its own path: it is made in place, and anew when the cache was moved.
     [[ ! -e $stamp || $(<"$stamp") != "$KERNEL_TREE" ]] || return 0
     ensure_root
@@ -154,6 +160,7 @@ prepare_kernel_tree() {
 ensure_kernel_image() {
     local new=$KERNEL_DIR/image.new
     [[ ! -e $KERNEL_DIR/vmlinuz ]] || return 0
+    ! is_own_kernel || { ensure_own_kernel; return 0; }
     ensure_root
     need_space 1000 "the kernel image"
     step "download the kernel $KERNEL and its modules" download_kernel_image "$new"

@@ -23,10 +23,12 @@ use_kernel_tree() {
 
 # run_kbuild TARGET ARGUMENT...: MODULE_OUTPUT is another folder for what is built.
 run_kbuild() {
-    local output=${MODULE_OUTPUT:-$KERNEL_DIR/module}
+    local output=${MODULE_OUTPUT:-$KERNEL_DIR/module} compiler=(CC="$KERNEL_CC")
+    # A kernel built by clang takes no modules of the GNU linker.
+    [[ $KERNEL_CC != clang ]] || compiler=(LLVM=1)
     # Kbuild creates one level of the folder only.
     mkdir -p "$output"
-    "$KBUILD_RUNNER" make -C "$KERNEL_TREE" M="$SOURCE_DIR" MO="$output" CC="$KERNEL_CC" -j"$JOBS" "$@"
+    "$KBUILD_RUNNER" make -C "$KERNEL_TREE" M="$SOURCE_DIR" MO="$output" "${compiler[@]}" -j"$JOBS" "$@"
 }
 
 # build_module_for KDIR

@@ -13,7 +13,7 @@ ROOT_PACKAGES=(
     # machines
     qemu-system-x86 busybox-static e2fsprogs
     # checks
-    shellcheck perl git
+    shellcheck perl git systemd udev
 )
 # What comes from SUITE when that is a backports suite; all the rest is from BASE_SUITE, the compilers above all.
 BACKPORTED=(src:linux src:qemu src:seabios)
