@@ -87,8 +87,11 @@ bool vsock_glue_has_error(const struct sock *sk)
 	return READ_ONCE(sk->sk_err);
 }
 
-/* How many calls sleep in recv(), send() or the like; poll() and its kin do not count. */
-unsigned int vsock_glue_blocked_callers(struct sock *sk)
+/*
+ * How many calls sleep that are woken by a function; poll() and its kin have
+ * functions of their own.
+ */
+static unsigned int count_waiters(struct sock *sk, wait_queue_func_t wake)
 {
 	wait_queue_entry_t *entry;
 	struct socket_wq *wq;
@@ -99,15 +102,22 @@ unsigned int vsock_glue_blocked_callers(struct sock *sk)
 	wq = rcu_dereference(sk->sk_wq);
 	if (wq) {
 		spin_lock_irqsave(&wq->wait.lock, flags);
-		list_for_each_entry(entry, &wq->wait.head, entry) {
-			/* What AF_VSOCK waits with; those who poll have functions of their own. */
-			count += entry->func == autoremove_wake_function ||
-				 entry->func == woken_wake_function;
-		}
+		list_for_each_entry(entry, &wq->wait.head, entry)
+			count += entry->func == wake;
 		spin_unlock_irqrestore(&wq->wait.lock, flags);
 	}
 	rcu_read_unlock();
 	return count;
+}
+
+unsigned int vsock_glue_blocked_readers(struct sock *sk)
+{
+	return count_waiters(sk, autoremove_wake_function);
+}
+
+unsigned int vsock_glue_blocked_writers(struct sock *sk)
+{
+	return count_waiters(sk, woken_wake_function);
 }
 
 void vsock_glue_set_socket_connected(struct sock *sk)
@@ -156,6 +166,12 @@ struct sk_buff *vsock_glue_alloc_linear(unsigned int size)
 	return alloc_skb(size, GFP_KERNEL);
 }
 
+/* Waits for memory until there is some: for small packets without which a connection would hang. */
+struct sk_buff *vsock_glue_alloc_linear_for_sure(unsigned int size)
+{
+	return alloc_skb(size, GFP_KERNEL | __GFP_NOFAIL);
+}
+
 /* The result has all its data in pages, none of it in the linear part yet. */
 struct sk_buff *vsock_glue_alloc_with_frags(unsigned int linear, unsigned int data)
 {
@@ -195,6 +211,16 @@ bool vsock_glue_is_nonlinear(const struct sk_buff *skb)
 void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk)
 {
 	skb_set_owner_w(skb, sk);
+}
+
+void vsock_glue_set_receiver(struct sk_buff *skb, struct sock *sk)
+{
+	skb_set_owner_r(skb, sk);
+}
+
+void vsock_glue_orphan(struct sk_buff *skb)
+{
+	skb_orphan(skb);
 }
 
 void vsock_glue_zcopy_set(struct sk_buff *skb, struct ubuf_info *uarg)
@@ -296,11 +322,11 @@ int vsock_glue_add_out(struct virtqueue *vq, struct sk_buff *skb)
 	return virtqueue_add_outbuf(vq, sg, count, skb, GFP_KERNEL);
 }
 
-int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb)
+int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb, unsigned int len)
 {
 	struct scatterlist sg;
 
-	sg_init_one(&sg, skb->data, skb_tailroom(skb));
+	sg_init_one(&sg, skb->data, min_t(unsigned int, len, skb_tailroom(skb)));
 	return virtqueue_add_inbuf(vq, &sg, 1, skb, GFP_KERNEL);
 }
 

@@ -9,6 +9,7 @@
 #include <linux/list.h>
 #include <linux/skbuff.h>
 #include <linux/socket.h>
+#include <linux/sort.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
 #include <linux/virtio_ids.h>
@@ -34,7 +35,8 @@ void vsock_glue_data_ready(struct sock *sk);
 void vsock_glue_error_report(struct sock *sk, int err);
 int vsock_glue_take_error(struct sock *sk);
 bool vsock_glue_has_error(const struct sock *sk);
-unsigned int vsock_glue_blocked_callers(struct sock *sk);
+unsigned int vsock_glue_blocked_readers(struct sock *sk);
+unsigned int vsock_glue_blocked_writers(struct sock *sk);
 void vsock_glue_set_socket_connected(struct sock *sk);
 bool vsock_glue_accept_queue_is_full(const struct sock *sk);
 int vsock_glue_rcvlowat(const struct sock *sk);
@@ -46,14 +48,38 @@ void vsock_glue_table_unlock(void);
 bool vsock_glue_net_mode_global(struct vsock_sock *vsk);
 void vsock_glue_init_close_work(struct vsock_sock *vsk, work_func_t function);
 
+/* migrations, for programs */
+enum vsock_glue_cause {
+	VSOCK_GLUE_NOTHING,
+	VSOCK_GLUE_TRANSPORT_RESET,
+	VSOCK_GLUE_CID_UPDATE,
+};
+
+struct vsock_glue_migration {
+	u64 generation;
+	u32 cause;	/* enum vsock_glue_cause */
+	u32 old_cid;
+	u32 new_cid;
+	u32 reset;
+	u32 kept;
+};
+
+void vsock_glue_show_migration(const struct vsock_glue_migration *migration);
+void vsock_glue_announce(struct virtio_device *vdev,
+			 const struct vsock_glue_migration *migration);
+void vsock_glue_set_groups(struct virtio_driver *driver);
+
 /* sk_buff */
 struct sk_buff *vsock_glue_alloc_linear(unsigned int size);
+struct sk_buff *vsock_glue_alloc_linear_for_sure(unsigned int size);
 struct sk_buff *vsock_glue_alloc_with_frags(unsigned int linear, unsigned int data);
 unsigned int vsock_glue_largest_linear(void);
 unsigned int vsock_glue_page_sized(void);
 unsigned int vsock_glue_tailroom(const struct sk_buff *skb);
 bool vsock_glue_is_nonlinear(const struct sk_buff *skb);
 void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk);
+void vsock_glue_set_receiver(struct sk_buff *skb, struct sock *sk);
+void vsock_glue_orphan(struct sk_buff *skb);
 void vsock_glue_zcopy_set(struct sk_buff *skb, struct ubuf_info *uarg);
 void vsock_glue_zcopy_set_copied(struct ubuf_info *uarg);
 void vsock_glue_zcopy_put(struct ubuf_info *uarg, bool used);
@@ -73,7 +99,7 @@ void vsock_glue_device_ready(struct virtio_device *vdev);
 bool vsock_glue_has_feature(const struct virtio_device *vdev, unsigned int feature);
 u64 vsock_glue_read_config_le64(struct virtio_device *vdev, unsigned int offset);
 int vsock_glue_add_out(struct virtqueue *vq, struct sk_buff *skb);
-int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb);
+int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb, unsigned int len);
 
 /* workqueue */
 struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name);

@@ -13,6 +13,7 @@
 //! | [`monitor`] | vsockmon and tracepoints |
 //! | [`virtio`] | `struct virtio_driver`, `struct virtio_device`, `struct virtqueue` |
 //! | [`socket`] | `struct vsock_sock`, its lock, the tables of sockets |
+//! | [`sort`] | the sort of slices |
 //! | [`transport`] | `struct vsock_transport`: what a transport implements, and its registration |
 //! | [`workqueue`] | a `struct workqueue_struct` of one's own |
 
@@ -21,6 +22,7 @@ pub(crate) mod message;
 pub(crate) mod monitor;
 pub(crate) mod skb;
 pub(crate) mod socket;
+pub(crate) mod sort;
 pub(crate) mod transport;
 pub(crate) mod virtio;
 pub(crate) mod workqueue;

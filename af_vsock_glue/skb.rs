@@ -144,6 +144,26 @@ impl<C> SkBuff<C> {
         Ok(this)
     }
 
+    /// Makes a packet of a header alone, like [`outgoing`](Self::outgoing), and waits for memory until there is some.
+    /// Sleeps.
+    pub(crate) fn outgoing_for_sure<const N: usize>(
+        socket: Option<&Socket>,
+        header: &[u8; N],
+        control: C,
+    ) -> Self {
+        // SAFETY: No preconditions; with this the function does not return null.
+        let mut this = unsafe {
+            let skb = bindings::vsock_glue_alloc_linear_for_sure(N as u32);
+            Self::new(NonNull::new_unchecked(skb), control)
+        };
+        if let Some(socket) = socket {
+            // SAFETY: Both are valid, and the buffer has no owner yet.
+            unsafe { bindings::vsock_glue_set_owner(this.as_raw(), socket.as_sock()) }
+        }
+        this.put_header(header, true);
+        this
+    }
+
     /// Puts the header into the linear part of a buffer that was made with room for it.
     fn put_header(&mut self, header: &[u8], linear: bool) {
         let skb = self.as_raw();
@@ -280,6 +300,15 @@ impl<C> SkBuff<C> {
         }
     }
 
+    /// The first `N` bytes, of a buffer that no device has; `None` where there are fewer in one piece.
+    pub(crate) fn front_mut<const N: usize>(&mut self) -> Option<&mut [u8; N]> {
+        let skb = self.as_raw();
+        // SAFETY: As above, and `self` is borrowed mutably. Nobody shares the data: it was never cloned.
+        unsafe {
+            ((*skb).len - (*skb).data_len >= N as u32).then(|| &mut *(*skb).data.cast::<[u8; N]>())
+        }
+    }
+
     /// A copy of the first `N` bytes, read once; `None` where there are fewer.
     pub(crate) fn copy_front<const N: usize>(&self) -> Option<[u8; N]> {
         let mut front = [0; N];
@@ -346,10 +375,19 @@ impl<C> SkBuff<C> {
         })
     }
 
-    /// Whether the buffer is charged to `socket`.
-    pub(crate) fn is_charged_to(&self, socket: &Socket) -> bool {
-        // SAFETY: The buffer is valid.
-        unsafe { (*self.as_raw()).sk == socket.as_sock() }
+    /// Charges the buffer's memory to a socket's receive memory until it is freed or [discharged](Self::discharge).
+    /// Callable in atomic context.
+    ///
+    /// It does not keep the socket alive: the buffer has to be where the transport's `free_received()` finds it.
+    pub(crate) fn charge_as_received(&self, socket: &Socket) {
+        // SAFETY: Both are valid, and `destruct()` has charged buffers freed before the socket goes away.
+        unsafe { bindings::vsock_glue_set_receiver(self.as_raw(), socket.as_sock()) }
+    }
+
+    /// Ends the charge of the buffer's memory to a socket.
+    pub(crate) fn discharge(&mut self) {
+        // SAFETY: The buffer is valid and nobody else's.
+        unsafe { bindings::vsock_glue_orphan(self.as_raw()) }
     }
 
     /// Frees a buffer that has served its purpose (dropping one says that it was lost).
@@ -475,6 +513,25 @@ impl<C> SkBuffQueue<C> {
         // SAFETY: By the type invariant; `ManuallyDrop` leaves it in the queue.
         let mut skb = ManuallyDrop::new(unsafe { SkBuff::from_raw(skb) });
         Some(f(&mut skb))
+    }
+
+    /// Appends a buffer, where there is one.
+    pub(crate) fn extend(&mut self, skb: Option<SkBuff<C>>) {
+        if let Some(skb) = skb {
+            self.push_back(skb);
+        }
+    }
+
+    /// Calls `f` with each buffer from the first on.
+    pub(crate) fn for_each_mut(&mut self, mut f: impl FnMut(&mut SkBuff<C>)) {
+        let mut at = self.head;
+        while let Some(skb) = NonNull::new(at) {
+            // SAFETY: By the type invariant; `ManuallyDrop` leaves it in the queue.
+            let mut skb = ManuallyDrop::new(unsafe { SkBuff::from_raw(skb) });
+            f(&mut skb);
+            // SAFETY: The buffer is valid.
+            at = unsafe { *next_of(skb.as_raw()) };
+        }
     }
 
     /// Calls `f` with each buffer from the first on, until it breaks off.

@@ -212,11 +212,75 @@ impl Socket {
         }
     }
 
-    /// Gives all sockets that are bound to the CID `old` and have no connection the CID `new` instead. Sleeps,
-    /// and takes their locks.
+    /// References to all sockets in the table of connected ones that belong to transport `T`. Sleeps.
     ///
-    /// A socket that is being connected, or whose connection ends, keeps its address.
-    pub(crate) fn change_bound_cid(old: u32, new: u32) {
+    /// Who becomes connected meanwhile may be missing.
+    pub(crate) fn all_connected<T: Transport>() -> Result<KVVec<ARef<Self>>> {
+        let table = &raw mut bindings::vsock_connected_table;
+        let mut all = KVVec::new();
+        // SAFETY: Only the length of the array is asked for.
+        for list in 0..unsafe { (*table).len() } {
+            let before = all.len();
+            loop {
+                // SAFETY: It is one of the table's lists, which the lock of the tables protects.
+                let missing = unsafe {
+                    Self::append_list::<T>(table.cast::<bindings::list_head>().add(list), &mut all)
+                };
+                if missing == 0 {
+                    break;
+                }
+                // Once more, with room for those and for some that may come.
+                all.truncate(before);
+                all.reserve(missing + BATCH, GFP_KERNEL)?;
+            }
+        }
+        Ok(all)
+    }
+
+    /// Appends references to the sockets of a list of the table of connected ones that belong to transport `T`, as
+    /// far as there is room in `all`. Returns 0, or how many there are in the list where some had no room.
+    ///
+    /// # Safety
+    ///
+    /// `head` is one of the table's lists.
+    unsafe fn append_list<T: Transport>(
+        head: *mut bindings::list_head,
+        all: &mut KVVec<ARef<Self>>,
+    ) -> usize {
+        let (mut found, mut missing) = (0, 0);
+        // SAFETY: The lock protects the list, and its sockets from going away.
+        unsafe {
+            bindings::vsock_glue_table_lock();
+            let mut at = (*head).next;
+            while !ptr::eq(at, head) {
+                let link = offset_of!(bindings::vsock_sock, connected_table);
+                let vsk = at.byte_sub(link).cast::<bindings::vsock_sock>();
+                if transport::is_ours::<T>(ptr::read_volatile(&raw const (*vsk).transport)) {
+                    found += 1;
+                    if all
+                        .push_within_capacity(Self::from_raw(vsk).into())
+                        .is_err()
+                    {
+                        missing += 1;
+                    }
+                }
+                at = (*at).next;
+            }
+            bindings::vsock_glue_table_unlock();
+        }
+        if missing == 0 {
+            0
+        } else {
+            found
+        }
+    }
+
+    /// Gives all sockets that are bound to a CID that the guest had before, and have no connection, the CID `new`
+    /// instead. Sleeps, and takes their locks.
+    ///
+    /// A socket that is being connected, or whose connection ends, keeps its address, and so may one that is bound just
+    /// now; the next change of the CID finds these.
+    pub(crate) fn change_bound_cid(new: u32) {
         let table = &raw mut bindings::vsock_bind_table;
         // SAFETY: The table's last list has the sockets that are not bound.
         let lists = unsafe { (*table).len() } - 1;
@@ -228,12 +292,12 @@ impl Socket {
                         table.cast::<bindings::list_head>().add(list),
                         1,
                         offset_of!(bindings::vsock_sock, bound_table),
-                        |vsk| Self::is_bound_to(vsk, old),
+                        |vsk| Self::is_bound_to_other(vsk, new),
                     )
                 };
                 let mut changed = false;
                 for socket in found.iter().flatten() {
-                    changed |= socket.lock().change_own_cid(old, new);
+                    changed |= socket.lock().change_own_cid(new);
                 }
                 // Those that were not changed are found again, so a list without any change is done.
                 if !changed {
@@ -243,16 +307,21 @@ impl Socket {
         }
     }
 
-    /// Whether a socket is bound to a CID and has no connection.
+    /// Whether a socket is bound to a CID that is the guest's, as no other CID can be bound to, but not its present one
+    /// `cid`, and has no connection.
     ///
     /// # Safety
     ///
     /// `vsk` is valid, and the lock of the tables held.
-    unsafe fn is_bound_to(vsk: *mut bindings::vsock_sock, cid: u32) -> bool {
+    unsafe fn is_bound_to_other(vsk: *mut bindings::vsock_sock, cid: u32) -> bool {
         // SAFETY: As the caller promises; the state is read atomically.
         unsafe {
             let state = u32::from(bindings::vsock_glue_state(vsk.cast()));
-            (*vsk).local_addr.svm_cid == cid
+            let bound = (*vsk).local_addr.svm_cid;
+            bound != cid
+                && bound != Address::CID_ANY
+                && bound != bindings::VMADDR_CID_LOCAL
+                && bound != bindings::VMADDR_CID_HOST
                 && (state == bindings::TCP_LISTEN || state == bindings::TCP_CLOSE)
         }
     }
@@ -459,19 +528,36 @@ impl<'a> LockedSocket<'a> {
         }
     }
 
-    /// Gives the socket the CID `new` where it is bound to `old` and has no connection; returns whether it was so.
-    fn change_own_cid(&self, old: u32, new: u32) -> bool {
+    /// Gives the socket the CID `new` where it is bound to one that the guest had before and has no connection; returns
+    /// whether it was so.
+    fn change_own_cid(&self, new: u32) -> bool {
         let vsk = self.as_raw();
         // SAFETY: The lock is held, and that of the tables, whose readers compare addresses. The hash of an
         // address is that of its port alone, so that the socket stays in its list.
         unsafe {
             bindings::vsock_glue_table_lock();
-            let changes = Socket::is_bound_to(vsk, old);
+            let changes = Socket::is_bound_to_other(vsk, new);
             if changes {
                 (*vsk).local_addr.svm_cid = new;
             }
             bindings::vsock_glue_table_unlock();
             changes
+        }
+    }
+
+    /// Gives a connected socket another CID of its own and of its peer. In between nobody finds it.
+    pub(crate) fn change_cids(&self, own: u32, peer: u32) {
+        let vsk = self.as_raw();
+        // SAFETY: The lock is held, and for the own address that of the tables, too: its readers compare addresses of
+        // bound sockets, whose place depends on the port alone. The place of a connected socket depends on the peer's
+        // CID, so it leaves the table, which gives up a reference that is not the last, and comes back.
+        unsafe {
+            bindings::vsock_remove_connected(vsk);
+            bindings::vsock_glue_table_lock();
+            (*vsk).local_addr.svm_cid = own;
+            (*vsk).remote_addr.svm_cid = peer;
+            bindings::vsock_glue_table_unlock();
+            bindings::vsock_insert_connected(vsk);
         }
     }
 
@@ -557,13 +643,16 @@ impl<'a> LockedSocket<'a> {
         unsafe { bindings::vsock_glue_has_error(self.as_sock()) }
     }
 
-    /// How many calls on the socket sleep, other than those that poll.
-    ///
-    /// Who holds the socket's lock and does not sleep yet is none of them, so with the lock this is exact but for
-    /// those that were woken and wait for it.
-    pub(crate) fn blocked_callers(&self) -> u32 {
+    /// How many calls sleep that receive. Those that were woken and wait for the lock do not count.
+    pub(crate) fn blocked_readers(&self) -> u32 {
         // SAFETY: By the type invariant.
-        unsafe { bindings::vsock_glue_blocked_callers(self.as_sock()) }
+        unsafe { bindings::vsock_glue_blocked_readers(self.as_sock()) }
+    }
+
+    /// How many calls sleep that send, or were woken and wait for the lock.
+    pub(crate) fn blocked_writers(&self) -> u32 {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::vsock_glue_blocked_writers(self.as_sock()) }
     }
 
     /// Wakes those who wait for a change of state.

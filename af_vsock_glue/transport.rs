@@ -41,11 +41,19 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     /// A connected or connecting socket is closed, or given to another transport.
     fn release(self: ArcBorrow<'_, Self>, socket: &mut LockedSocket<'_>);
 
+    /// The socket goes away, though others may have references to its connection: frees all buffers that were
+    /// [charged](SkBuff::charge_as_received) to it.
+    fn free_received(connection: &Self::Connection);
+
     /// The time is up that [`LockedSocket::schedule_close`] was given.
     fn close_timeout(&self, socket: &LockedSocket<'_>);
 
     /// Asks the peer for a connection.
-    fn connect(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> Result;
+    fn connect(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Self::Connection>,
+    ) -> Result;
 
     /// Takes back packets of the socket that the device has not been given yet.
     fn cancel(self: ArcBorrow<'_, Self>, socket: &LockedSocket<'_>);
@@ -54,7 +62,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     fn shutdown(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Self::Connection,
+        connection: ArcBorrow<'_, Self::Connection>,
         directions: Directions,
     ) -> Result;
 
@@ -71,6 +79,13 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
         connection: ArcBorrow<'_, Self::Connection>,
         wanted: usize,
     ) -> Result;
+
+    /// A reader of a stream that has read a part of what it wants finds more, perhaps after waiting for it. After an
+    /// error it returns with the part.
+    fn before_next_part(&self, connection: &Self::Connection) -> Result;
+
+    /// A reader of a stream was told that there is something to read and has read nothing. It returns with an error.
+    fn after_nothing(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> Result;
 
     /// Moves up to `len` bytes into a message; copies them where it only peeks. Returns how many.
     fn receive(
@@ -360,8 +375,8 @@ fn operations<T: Transport>(module: &'static ThisModule) -> bindings::vsock_tran
         notify_poll_out: Some(notify_poll_out::<T>),
         notify_recv_init: Some(notify_recv_init::<T>),
         notify_recv_pre_block: Some(notify_recv_pre_block),
-        notify_recv_pre_dequeue: Some(notify_recv_pre_dequeue),
-        notify_recv_post_dequeue: Some(notify_recv_post_dequeue),
+        notify_recv_pre_dequeue: Some(notify_recv_pre_dequeue::<T>),
+        notify_recv_post_dequeue: Some(notify_recv_post_dequeue::<T>),
         notify_send_init: Some(notify_send_init::<T>),
         notify_send_pre_block: Some(notify_send),
         notify_send_pre_enqueue: Some(notify_send),
@@ -394,7 +409,9 @@ extern "C" fn destruct<T: Transport>(vsk: Vsk) {
     // SAFETY: The core calls once for each `init()`, when nobody else uses the socket or with its lock held.
     unsafe {
         let trans = core::mem::replace(&mut (*vsk).trans, ptr::null_mut());
-        drop(Arc::<T::Connection>::try_from_foreign(trans));
+        if let Some(connection) = Arc::<T::Connection>::try_from_foreign(trans) {
+            T::free_received(&connection);
+        }
     }
 }
 
@@ -422,7 +439,7 @@ extern "C" fn connect<T: Transport>(vsk: Vsk) -> c_int {
     // SAFETY: A callback for a socket, with its lock held.
     from_result(|| unsafe {
         with_socket::<T, _>(vsk, |context, socket, connection| {
-            context.connect(socket, &connection)?;
+            context.connect(socket, connection)?;
             Ok(0)
         })
     })
@@ -433,7 +450,7 @@ extern "C" fn shutdown<T: Transport>(vsk: Vsk, mode: c_int) -> c_int {
     from_result(|| unsafe {
         with_socket::<T, _>(vsk, |context, socket, connection| {
             let directions = Directions::from_bits(mode as u32);
-            context.shutdown(socket, &connection, directions)?;
+            context.shutdown(socket, connection, directions)?;
             Ok(0)
         })
     })
@@ -583,9 +600,11 @@ extern "C" fn notify_poll_out<T: Transport>(vsk: Vsk, target: usize, ready: *mut
     0
 }
 
-extern "C" fn notify_recv_init<T: Transport>(vsk: Vsk, target: usize, _data: RecvNotify) -> c_int {
-    // SAFETY: A callback for a socket, with its lock held.
+extern "C" fn notify_recv_init<T: Transport>(vsk: Vsk, target: usize, data: RecvNotify) -> c_int {
+    // SAFETY: A callback for a socket, with its lock held; `data` is the transport's own during the call of the
+    // application.
     from_result(|| unsafe {
+        (*data).data1 = target as u64;
         with_socket::<T, _>(vsk, |context, socket, connection| {
             context.before_receive(socket, connection, target)?;
             Ok(0)
@@ -598,18 +617,41 @@ extern "C" fn notify_recv_pre_block(_vsk: Vsk, _target: usize, _data: RecvNotify
     0
 }
 
-extern "C" fn notify_recv_pre_dequeue(_vsk: Vsk, _target: usize, _data: RecvNotify) -> c_int {
-    0
+extern "C" fn notify_recv_pre_dequeue<T: Transport>(
+    vsk: Vsk,
+    target: usize,
+    data: RecvNotify,
+) -> c_int {
+    // SAFETY: A callback for a socket, with its lock held, after `notify_recv_init()` with the same `data`.
+    from_result(|| unsafe {
+        // The core counts down what it still wants.
+        if (*data).data1 != target as u64 {
+            with_socket::<T, _>(vsk, |context, _, connection| {
+                context.before_next_part(&connection)
+            })?;
+        }
+        Ok(0)
+    })
 }
 
-extern "C" fn notify_recv_post_dequeue(
-    _vsk: Vsk,
+extern "C" fn notify_recv_post_dequeue<T: Transport>(
+    vsk: Vsk,
     _target: usize,
-    _copied: isize,
+    read: isize,
     _data_read: bool,
     _data: RecvNotify,
 ) -> c_int {
-    0
+    if read > 0 {
+        return 0;
+    }
+    // The core returns nothing but this error then: other errors give way to the end of the stream.
+    // SAFETY: A callback for a socket, with its lock held.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            context.after_nothing(socket, &connection)?;
+            Ok(0)
+        })
+    })
 }
 
 extern "C" fn notify_send_init<T: Transport>(vsk: Vsk, _data: SendNotify) -> c_int {

@@ -91,6 +91,7 @@ impl<T: Driver> Registration<T> {
                     (*slot).remove = Some(Self::remove);
                     (*slot).freeze = Some(Self::freeze);
                     (*slot).restore = Some(Self::restore);
+                    bindings::vsock_glue_set_groups(slot);
                 }
                 // SAFETY: The driver is filled in, and stays where it is until it is unregistered. The
                 // module's pointer is the same type seen by two sets of bindings.
@@ -294,6 +295,48 @@ impl AsRef<kernel::device::Device> for Device {
     }
 }
 
+/// Why connections of a guest were reset, or go on by other addresses.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Cause {
+    /// The device has lost all connections.
+    TransportReset,
+    /// The device has listed those that go on.
+    CidUpdate,
+}
+
+/// A migration as programs see it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Migration {
+    pub(crate) cause: Cause,
+    /// A number that grows with each.
+    pub(crate) generation: u64,
+    /// The guest's CID before; `VMADDR_CID_ANY` where it had none.
+    pub(crate) old_cid: u32,
+    /// The guest's CID now; `VMADDR_CID_ANY` where it has none.
+    pub(crate) new_cid: u32,
+    /// How many connections were reset.
+    pub(crate) reset: u32,
+    /// How many connections go on.
+    pub(crate) kept: u32,
+}
+
+impl Migration {
+    fn to_raw(self) -> bindings::vsock_glue_migration {
+        let cause = match self.cause {
+            Cause::TransportReset => bindings::vsock_glue_cause_VSOCK_GLUE_TRANSPORT_RESET,
+            Cause::CidUpdate => bindings::vsock_glue_cause_VSOCK_GLUE_CID_UPDATE,
+        };
+        bindings::vsock_glue_migration {
+            generation: self.generation,
+            cause,
+            old_cid: self.old_cid,
+            new_cid: self.new_cid,
+            reset: self.reset,
+            kept: self.kept,
+        }
+    }
+}
+
 enum QueueState {
     /// There are no queues.
     None,
@@ -333,6 +376,18 @@ impl LiveDevice {
     pub(crate) fn read_config_le64(&self, offset: u32) -> u64 {
         // SAFETY: By the type invariant.
         unsafe { bindings::vsock_glue_read_config_le64(self.vdev, offset) }
+    }
+
+    /// Shows a migration in the device's folder in sysfs. Sleeps.
+    pub(crate) fn show(&self, migration: &Migration) {
+        // SAFETY: What is shown is copied.
+        unsafe { bindings::vsock_glue_show_migration(&migration.to_raw()) }
+    }
+
+    /// Lets programs know of a migration: by a uevent of the device, and in its folder in sysfs. Sleeps.
+    pub(crate) fn announce(&self, migration: &Migration) {
+        // SAFETY: The device is valid by the type invariant, and what is announced is copied.
+        unsafe { bindings::vsock_glue_announce(self.vdev, &migration.to_raw()) }
     }
 
     /// Resets the device, once: afterwards it uses no buffer any more.
@@ -460,13 +515,22 @@ impl<C, D: Direction> Virtqueue<C, D> {
     /// Puts a buffer into the queue: for the device to read its data, or to write into its
     /// tailroom. May sleep.
     pub(crate) fn push(&mut self, skb: SkBuff<C>) -> Result<(), (SkBuff<C>, PushError)> {
+        self.push_with_room(skb, u32::MAX)
+    }
+
+    /// Like [`push`](Self::push), for the device to write into the first `room` bytes of the tailroom at most.
+    pub(crate) fn push_with_room(
+        &mut self,
+        skb: SkBuff<C>,
+        room: u32,
+    ) -> Result<(), (SkBuff<C>, PushError)> {
         let skb = skb.into_raw();
         // SAFETY: The queue is ours, and the buffer now is the queue's.
         let pushed = to_result(unsafe {
             if D::TO_DEVICE {
                 bindings::vsock_glue_add_out(self.vq.as_ptr(), skb)
             } else {
-                bindings::vsock_glue_add_in(self.vq.as_ptr(), skb)
+                bindings::vsock_glue_add_in(self.vq.as_ptr(), skb, room)
             }
         });
         pushed.map_err(|error| {

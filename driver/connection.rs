@@ -2,9 +2,14 @@
 
 //! What the driver keeps for each socket.
 
+use super::backlog::Waiting;
 use crate::{
-    af_vsock_glue::skb::{SkBuff, SkBuffQueue},
+    af_vsock_glue::{
+        skb::{SkBuff, SkBuffQueue},
+        socket::{Address, Socket},
+    },
     protocol::{
+        cid::Cid,
         credit::{Advertisement, CreditExceeded, ReceiveCredit, SendCredit},
         header::SocketType,
     },
@@ -13,7 +18,7 @@ use core::ops::ControlFlow;
 use kernel::{
     prelude::*,
     sync::{
-        atomic::{Atomic, Relaxed},
+        atomic::{Atomic, Full, Relaxed},
         new_spinlock, Arc, SpinLock,
     },
 };
@@ -21,13 +26,24 @@ use kernel::{
 /// Payload of at most so many bytes is copied behind the payload before it, where there is room.
 const COPY_BREAK: usize = 256;
 
-/// Where a message ends in a packet's payload.
+/// Where a message ends in a packet's payload: 4 bytes, for a peer may send many short ones.
 #[derive(Clone, Copy)]
-struct MessageEnd {
-    /// Offset of the first byte behind the message.
-    offset: u32,
+struct MessageEnd(u32);
+
+impl MessageEnd {
+    /// `offset` is that of the first byte behind the message. A packet is far shorter than 2 GiB.
+    fn new(offset: usize, ends_record: bool) -> Self {
+        Self((offset as u32) << 1 | u32::from(ends_record))
+    }
+
+    fn offset(self) -> u32 {
+        self.0 >> 1
+    }
+
     /// Whether it ends a record, too.
-    ends_record: bool,
+    fn ends_record(self) -> bool {
+        self.0 & 1 != 0
+    }
 }
 
 /// Control block of a received packet, which holds nothing but payload.
@@ -91,7 +107,8 @@ impl ReceiveQueue {
     ///
     /// Small payload goes into the last packet's memory where it fits; payload of any size, and whole
     /// messages, do once the queue takes more than `limit` bytes of memory.
-    fn enqueue(&mut self, packet: SkBuff<()>, end: Option<bool>, limit: usize) {
+    /// Memory is charged to `socket`.
+    fn enqueue(&mut self, socket: &Socket, packet: SkBuff<()>, end: Option<bool>, limit: usize) {
         let crowded = self.truesize.saturating_add(packet.truesize()) > limit;
         let merge = packet.len() <= COPY_BREAK || crowded;
         let merged = merge
@@ -111,7 +128,9 @@ impl ReceiveQueue {
                 merged: KVec::new(),
                 last: end_of(packet.len(), end),
             };
-            self.packets.push_back(packet.with_control(received));
+            let packet = packet.with_control(received);
+            packet.charge_as_received(socket);
+            self.packets.push_back(packet);
         }
         // Nothing but the end of a message that has no beginning is dropped.
     }
@@ -147,11 +166,7 @@ impl ReceiveQueue {
 }
 
 fn end_of(len: usize, end: Option<bool>) -> Option<MessageEnd> {
-    end.map(|ends_record| MessageEnd {
-        // A packet is far shorter than 4 GiB.
-        offset: len as u32,
-        ends_record,
-    })
+    end.map(|ends_record| MessageEnd::new(len, ends_record))
 }
 
 /// A socket's part of the protocol: credit both ways, and what was received.
@@ -160,10 +175,20 @@ pub(crate) struct Connection {
     socket_type: SocketType,
     #[pin]
     state: SpinLock<ConnectionState>,
+    /// A [`ResetState`]. Changed with the socket's lock.
+    reset: Atomic<u32>,
+    /// Readers that were blocked when the connection was reset and still have to learn of it. Changed with the
+    /// socket's lock.
+    untold_readers: Atomic<u32>,
     /// Payload that was given to [`tx`](super::tx) and not yet taken by the device, in bytes.
     unsent: Atomic<i64>,
     /// Credit updates that were given to [`tx`](super::tx) and not yet taken by the device.
     waiting_updates: Atomic<i32>,
+    /// Packets that wait for room in the transmit virtqueue.
+    waiting: Waiting,
+    /// The guest's CID that the connection's peer knows; [`Address::CID_ANY`] before there is a connection. Changed
+    /// with the socket's lock.
+    guest_cid: Atomic<u32>,
 }
 
 /// How many credit updates of a connection may wait for the device before the next one takes the place of them.
@@ -173,7 +198,6 @@ struct ConnectionState {
     send: SendCredit,
     receive: ReceiveCredit,
     queue: ReceiveQueue,
-    reset: ResetState,
     /// The directions whose end the peer was told, as the protocol's flags.
     shutdown_sent: u32,
 }
@@ -196,13 +220,9 @@ impl ConnectionState {
 pub(crate) enum ResetState {
     /// It was not.
     No,
-    /// It was, and the next call fails with ECONNRESET. The socket's error stays for calls that are blocked,
-    /// where there are several.
-    Untold {
-        /// Whether it stays.
-        error_stays: bool,
-    },
-    /// It was, and the application knows.
+    /// It was, and the next call fails with ECONNRESET.
+    Untold,
+    /// It was, and the application knows: later calls find the end of the connection.
     Told,
 }
 
@@ -226,7 +246,11 @@ pub(crate) struct ReadMessage {
 
 impl Connection {
     /// A connection with a receive buffer of `buf_alloc` bytes, whose peer has not said anything yet.
-    pub(crate) fn new(socket_type: SocketType, buf_alloc: u32) -> Result<Arc<Self>> {
+    pub(crate) fn new(
+        socket_type: SocketType,
+        buf_alloc: u32,
+        waiting: Waiting,
+    ) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Self {
                 socket_type,
@@ -234,14 +258,32 @@ impl Connection {
                     send: SendCredit::default(),
                     receive: ReceiveCredit::new(buf_alloc),
                     queue: ReceiveQueue::new(),
-                    reset: ResetState::No,
                     shutdown_sent: 0,
                 }, "virtio_vsock_rs_connection"),
+                reset: Atomic::new(ResetState::No as u32),
+                untold_readers: Atomic::new(0),
                 unsent: Atomic::new(0),
                 waiting_updates: Atomic::new(0),
+                waiting,
+                guest_cid: Atomic::new(Address::CID_ANY),
             }),
             GFP_KERNEL,
         )
+    }
+
+    /// The guest's CID that the connection's peer knows; `None` before there is a connection.
+    pub(crate) fn guest_cid(&self) -> Option<Cid> {
+        Cid::guest_from_config(self.guest_cid.load(Relaxed).into()).ok()
+    }
+
+    /// Changes the guest's CID that the connection's packets have. Needs the socket's lock.
+    pub(crate) fn set_guest_cid(&self, cid: Cid) {
+        self.guest_cid.store(cid.get(), Relaxed);
+    }
+
+    /// The packets that wait for room in the transmit virtqueue.
+    pub(crate) fn waiting(&self) -> &Waiting {
+        &self.waiting
     }
 
     /// The kind of the socket.
@@ -298,7 +340,9 @@ impl Connection {
 
     /// Bytes that can be sent.
     pub(crate) fn writable(&self) -> u32 {
-        let unsent = self.unsent();
+        // The core has put a writer into the list of those to wake, without a barrier. Whoever lowers `unsent` without
+        // the socket's lock looks at that list afterwards.
+        let unsent = usize::try_from(self.unsent.fetch_add(0, Full)).unwrap_or(0);
         self.state.lock().sendable(unsent)
     }
 
@@ -325,8 +369,8 @@ impl Connection {
         news
     }
 
-    /// Bytes that can be read, or are part of a message that is not complete yet.
-    pub(crate) fn readable(&self) -> u32 {
+    /// Bytes that are unread, those of a message that is not complete yet included.
+    pub(crate) fn unread(&self) -> u32 {
         self.state.lock().receive.unread()
     }
 
@@ -339,7 +383,7 @@ impl Connection {
     pub(crate) fn is_readable(&self, low_water: usize) -> bool {
         match self.socket_type {
             SocketType::SeqPacket => self.readable_messages() > 0,
-            _ => self.readable() as usize >= low_water,
+            _ => self.unread() as usize >= low_water,
         }
     }
 
@@ -372,6 +416,7 @@ impl Connection {
     /// Appends a packet of payload to what can be read, and the end of a message where `end` says so.
     pub(crate) fn enqueue(
         &self,
+        socket: &Socket,
         payload: SkBuff<()>,
         end: Option<bool>,
     ) -> Result<(), CreditExceeded> {
@@ -379,7 +424,7 @@ impl Connection {
         let mut state = self.state.lock();
         state.receive.receive(len)?;
         let limit = (state.receive.buf_alloc() as usize).saturating_mul(2);
-        state.queue.enqueue(payload, end, limit);
+        state.queue.enqueue(socket, payload, end, limit);
         Ok(())
     }
 
@@ -489,7 +534,7 @@ impl Connection {
         let end = packets.try_for_each(|packet| {
             let read = packet.control().read as usize;
             let end = packet.control().next_end();
-            let part = end.map_or(packet.len(), |end| end.offset as usize) - read;
+            let part = end.map_or(packet.len(), |end| end.offset() as usize) - read;
             let wanted = part.min(room.saturating_sub(message.len));
             if wanted > 0 {
                 if let Err(error) = copy(packet, read, wanted) {
@@ -500,7 +545,7 @@ impl Connection {
             match end {
                 None => ControlFlow::Continue(()),
                 Some(end) => {
-                    message.ends_record = end.ends_record;
+                    message.ends_record = end.ends_record();
                     ControlFlow::Break(Ok(()))
                 }
             }
@@ -530,7 +575,7 @@ impl Connection {
         while let Some(mut packet) = packets.pop_front() {
             let read = packet.control().read as usize;
             let end = packet.control().next_end();
-            let stop = end.map_or(packet.len(), |end| end.offset as usize);
+            let stop = end.map_or(packet.len(), |end| end.offset() as usize);
             let wanted = (stop - read).min(room.saturating_sub(message.len));
             if wanted > 0 && result.is_ok() {
                 result = copy(&packet, read, wanted);
@@ -547,7 +592,7 @@ impl Connection {
                 packet.consume();
             }
             if let Some(end) = end {
-                message.ends_record = end.ends_record;
+                message.ends_record = end.ends_record();
                 break;
             }
         }
@@ -571,6 +616,7 @@ impl Connection {
         state.queue.messages = state.queue.messages.saturating_sub(ends);
         drop(state);
         let mut packet = packet.with_control(());
+        packet.discharge();
         packet.pull(read as usize);
         Some(packet)
     }
@@ -590,11 +636,37 @@ impl Connection {
 
     /// Whether the connection was reset by the device.
     pub(crate) fn reset_state(&self) -> ResetState {
-        self.state.lock().reset
+        match self.reset.load(Relaxed) {
+            state if state == ResetState::No as u32 => ResetState::No,
+            state if state == ResetState::Untold as u32 => ResetState::Untold,
+            _ => ResetState::Told,
+        }
     }
 
-    /// Notes a reset by the device, or that the application was told of it.
-    pub(crate) fn set_reset_state(&self, reset: ResetState) {
-        self.state.lock().reset = reset;
+    /// Notes a reset by the device while so many readers are blocked. Needs the socket's lock.
+    pub(crate) fn note_reset(&self, blocked_readers: u32) {
+        self.untold_readers.store(blocked_readers, Relaxed);
+        self.reset.store(ResetState::Untold as u32, Relaxed);
+    }
+
+    /// Notes that the application knows of the reset. Needs the socket's lock.
+    pub(crate) fn note_reset_told(&self) {
+        self.reset.store(ResetState::Told as u32, Relaxed);
+    }
+
+    /// Whether a reader has to be told of the reset: any, or after the first one those that were blocked.
+    pub(crate) fn has_untold_reader(&self) -> bool {
+        match self.reset_state() {
+            ResetState::No => false,
+            ResetState::Untold => true,
+            ResetState::Told => self.untold_readers.load(Relaxed) > 0,
+        }
+    }
+
+    /// Notes that a reader that was blocked learns of the reset. Needs the socket's lock.
+    pub(crate) fn note_blocked_reader_told(&self) {
+        let readers = self.untold_readers.load(Relaxed);
+        self.untold_readers
+            .store(readers.saturating_sub(1), Relaxed);
     }
 }

@@ -13,7 +13,10 @@ use crate::{
     af_vsock_glue::virtio::{Device, Driver},
     protocol::{feature, queue, SocketTypes},
 };
-use kernel::{prelude::*, sync::ArcBorrow};
+use kernel::{
+    prelude::*,
+    sync::{atomic::Relaxed, ArcBorrow},
+};
 
 /// virtio device type of the socket device (virtio 5.10.1).
 const VIRTIO_ID_VSOCK: u32 = 19;
@@ -34,6 +37,7 @@ impl Driver for VsockDriver {
         feature::STREAM,
         feature::SEQPACKET,
         feature::NO_IMPLIED_STREAM,
+        feature::CHECKPOINT,
     ];
 
     fn probe(this: ArcBorrow<'_, Self>, device: &Device) -> Result {
@@ -86,12 +90,15 @@ impl VsockDriver {
         let cid = read_guest_cid(&live)?;
         live.start();
 
-        let mut rx = RxQueue::new(rx);
-        let mut events = EventQueue::new(events);
+        let has_updates = device.has_feature(feature::CHECKPOINT);
+        let mut rx = RxQueue::new(rx, has_updates);
+        let mut events = EventQueue::new(events, has_updates)?;
         events.fill();
         rx.fill();
         self.set_socket_types(SocketTypes::negotiated(|bit| device.has_feature(bit)));
         self.tx.start(tx);
+        self.rx_handled.store(0, Relaxed);
+        self.update_waits.store(false, Relaxed);
         self.set_guest_cid(Some(cid));
         self.let_bound_sockets_follow(cid);
         *self.events.lock() = Some(events);

@@ -2,17 +2,17 @@
 
 //! Events of the device.
 
-use super::{queue_work, work, VsockDriver};
+use super::{queue_work, rx::RxQueue, updates::Updates, work, VsockDriver};
 use crate::{
     af_vsock_glue::{
         skb::SkBuff,
         socket::{Address, Socket},
-        virtio::{FromDevice, LiveDevice, RawQueue, Virtqueue},
+        virtio::{Cause, FromDevice, LiveDevice, Migration, RawQueue, Virtqueue},
         workqueue::{cond_resched, may_log},
     },
     protocol::{
         cid::Cid,
-        event::{Event, EVENT_LEN},
+        event::{Event, InvalidEvent, EVENT_LEN, LONG_EVENT_LEN},
     },
 };
 use kernel::{
@@ -34,30 +34,61 @@ pub(crate) struct EventQueue {
     queue: Virtqueue<(), FromDevice>,
     /// Buffers that the device has.
     posted: usize,
+    /// How long the buffers are, in bytes.
+    buffer_len: u32,
+    /// Room for a copy of an event, which the device cannot change any more. One byte more than a buffer has, to tell
+    /// a longer event.
+    copy: KVec<u8>,
+    updates: Updates,
 }
 
 impl EventQueue {
-    /// Takes over an empty queue.
-    pub(crate) fn new(queue: RawQueue) -> Self {
-        Self {
+    /// Takes over an empty queue. `has_updates` says whether the device may send updates of CIDs.
+    pub(crate) fn new(queue: RawQueue, has_updates: bool) -> Result<Self> {
+        let buffer_len = if has_updates {
+            LONG_EVENT_LEN
+        } else {
+            EVENT_LEN
+        };
+        Ok(Self {
             queue: queue.into(),
             posted: 0,
-        }
+            buffer_len: buffer_len as u32,
+            copy: KVec::from_elem(0, buffer_len + 1, GFP_KERNEL)?,
+            updates: Updates::new(),
+        })
+    }
+
+    /// The update of CIDs that is under way, and the device.
+    pub(super) fn updates_and_device(&mut self) -> (&mut Updates, &LiveDevice) {
+        (&mut self.updates, self.queue.device())
     }
 
     /// Gives the device the buffers that it does not have. May sleep.
     pub(crate) fn fill(&mut self) {
         while self.posted < BUFFERS {
-            let Ok(buffer) = SkBuff::empty(EVENT_LEN as u32, ()) else {
+            // Without memory the device has those that it has.
+            let Ok(buffer) = SkBuff::empty(self.buffer_len, ()) else {
                 break;
             };
-            // A smaller queue takes fewer. Without memory the device has those that it has.
-            if self.queue.push(buffer).is_err() {
+            if !self.post(buffer) {
                 break;
             }
-            self.posted += 1;
         }
         self.queue.kick();
+    }
+
+    /// Gives the device a buffer; `false` where the queue has no room for it.
+    fn post(&mut self, buffer: SkBuff<()>) -> bool {
+        let posted = self.queue.push_with_room(buffer, self.buffer_len).is_ok();
+        self.posted += usize::from(posted);
+        posted
+    }
+
+    /// Gives the device a buffer that it has used.
+    fn post_again(&mut self, mut buffer: SkBuff<()>) {
+        buffer.truncate(0);
+        self.post(buffer);
     }
 }
 
@@ -76,8 +107,45 @@ impl VsockDriver {
     /// Handles the events that the device has made available. Work item; sleeps, and takes sockets' locks.
     pub(super) fn process_events(self: &Arc<Self>) {
         // Packets wait meanwhile: a connection of after the event is not reset by it.
-        let _rx = self.rx.lock();
+        let rx = self.rx.lock();
+        let has_updates = (*rx).as_ref().is_some_and(RxQueue::has_updates);
+        if has_updates && self.tx.park_if_congested() {
+            // The device takes no answers, and an update may have many. resume() lets this go on.
+            return;
+        }
         self.handle_events();
+    }
+
+    /// Handles the events that the device has made available before the packet that was taken out of its queue last.
+    /// Needs the rx mutex; sleeps, and takes sockets' locks.
+    ///
+    /// Where there are none, which is nearly always, it is quick.
+    pub(super) fn handle_events_before_packet(self: &Arc<Self>) {
+        {
+            let mut guard = self.events.lock();
+            let Some(events) = (*guard).as_mut() else {
+                return;
+            };
+            if !events.updates.is_due() && !self.handle_next_event(events) {
+                return;
+            }
+        }
+        self.handle_events();
+    }
+
+    /// Handles the next event; returns whether there was one. Sleeps, and takes sockets' locks.
+    fn handle_next_event(&self, events: &mut EventQueue) -> bool {
+        let Some(buffer) = events.queue.pop() else {
+            return false;
+        };
+        events.posted = events.posted.saturating_sub(1);
+        let buffer = buffer.ok();
+        self.handle_event(buffer.as_ref(), events);
+        if let Some(buffer) = buffer {
+            events.post_again(buffer);
+        }
+        events.fill();
+        true
     }
 
     /// Handles the events that the device has made available. Needs the rx mutex; sleeps, and takes sockets'
@@ -90,10 +158,15 @@ impl VsockDriver {
         let mut budget = BUDGET;
         loop {
             events.queue.disable_interrupts();
-            while let Some(event) = events.queue.pop() {
-                events.posted = events.posted.saturating_sub(1);
-                self.handle_event(event.ok(), events.queue.device());
-                events.fill();
+            loop {
+                let (updates, device) = events.updates_and_device();
+                if !self.apply_due_update(updates, device) {
+                    // Packets go first, and whoever receives them comes back here.
+                    return;
+                }
+                if !self.handle_next_event(events) {
+                    break;
+                }
                 budget -= 1;
                 if budget == 0 {
                     queue_work::<{ work::EVENTS }>(self.clone());
@@ -108,23 +181,41 @@ impl VsockDriver {
     }
 
     /// Handles one event, `None` where its buffer was used wrongly.
-    fn handle_event(&self, buffer: Option<SkBuff<()>>, device: &LiveDevice) {
-        // One byte more than an event has, to tell a longer one.
-        let mut bytes = [0; EVENT_LEN + 1];
-        match buffer.map(|buffer| Event::parse(buffer.copy_into(&mut bytes))) {
-            Some(Ok(Event::TransportReset)) => self.transport_reset(device),
-            Some(Err(_)) | None => self.statistics.unknown_events.increment(),
+    fn handle_event(&self, buffer: Option<&SkBuff<()>>, events: &mut EventQueue) {
+        let EventQueue {
+            queue,
+            copy,
+            updates,
+            buffer_len,
+            ..
+        } = events;
+        let event = buffer.map(|buffer| Event::parse(buffer.copy_into(copy)));
+        let has_updates = *buffer_len > EVENT_LEN as u32;
+        match event {
+            Some(Ok(Event::TransportReset)) => {
+                updates.discard();
+                self.transport_reset(queue.device());
+            }
+            Some(Ok(Event::CidUpdate(part))) if has_updates => {
+                self.take_update_part(updates, &part, queue.device());
+            }
+            Some(Err(InvalidEvent::Update)) if has_updates => {
+                self.refuse_update(updates, queue.device());
+            }
+            Some(_) | None => self.statistics.unknown_events.increment(),
         }
     }
 
     /// The device has lost all connections, and perhaps has another CID.
-    fn transport_reset(&self, device: &LiveDevice) {
+    pub(super) fn transport_reset(&self, device: &LiveDevice) {
         let before = self.guest_cid();
         let cid = read_guest_cid(device).ok();
         self.set_guest_cid(cid);
         self.statistics.transport_resets.increment();
+        let mut migration = self.begin_migration(device, Cause::TransportReset, before);
         let reset = self.reset_all_connections();
         if let Some(cid) = cid {
+            self.readdress_waiting_requests(cid);
             self.let_bound_sockets_follow(cid);
         }
         if may_log() {
@@ -134,15 +225,37 @@ impl VsockDriver {
                 cid.map_or(0, Cid::get)
             );
         }
+        migration.reset = u32::try_from(reset).unwrap_or(u32::MAX);
+        device.announce(&migration);
     }
 
-    /// Gives sockets that are bound to the CID that the guest had its present one. Sleeps, and takes sockets'
+    /// Shows programs in sysfs that a migration has begun, before the first of them sees its connection fail: who then
+    /// looks at the generation finds a new one. It is announced when it is over. Needs the events mutex; sleeps.
+    pub(super) fn begin_migration(
+        &self,
+        device: &LiveDevice,
+        cause: Cause,
+        before: Option<Cid>,
+    ) -> Migration {
+        let generation = self.migrations.load(Relaxed) + 1;
+        self.migrations.store(generation, Relaxed);
+        let number = |cid: Option<Cid>| cid.map_or(Address::CID_ANY, Cid::get);
+        let migration = Migration {
+            cause,
+            generation,
+            old_cid: number(before),
+            new_cid: number(self.guest_cid()),
+            reset: 0,
+            kept: 0,
+        };
+        device.show(&migration);
+        migration
+    }
+
+    /// Gives sockets that are bound to a CID that the guest had its present one. Sleeps, and takes sockets'
     /// locks. The caller has the rx mutex, or begins to use a device.
     pub(super) fn let_bound_sockets_follow(&self, cid: Cid) {
-        let before = self.bound_cid.xchg(cid.get(), Relaxed);
-        if before != cid.get() && before != Address::CID_ANY {
-            Socket::change_bound_cid(before, cid.get());
-        }
+        Socket::change_bound_cid(cid.get());
     }
 
     /// Resets all connections and returns how many there were. Sleeps, and takes sockets' locks.
@@ -154,17 +267,19 @@ impl VsockDriver {
             let sockets = Socket::some_connected::<Self>();
             for socket in sockets.iter().flatten() {
                 let socket = socket.lock();
-                if let Some(connection) = socket.connection::<Self>() {
-                    self.reset_connection(&socket, &connection);
+                let connection = socket.connection::<Self>();
+                if connection.is_some_and(|it| self.reset_connection(&socket, &it)) {
+                    count += 1;
                 }
                 // So that it is not found again.
                 socket.remove_from_tables();
-                count += 1;
             }
             if sockets.iter().any(Option::is_none) {
-                return count;
+                break;
             }
             cond_resched();
         }
+        self.cancel_waiting_of_reset_connections();
+        count
     }
 }

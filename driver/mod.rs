@@ -6,8 +6,10 @@
 //! | --- | --- |
 //! | [`device`] | the device comes and goes: probe, remove, freeze, restore |
 //! | [`rx`] | packets from the device: which socket they are for, and what follows |
+//! | [`backlog`] | packets that wait for room in the transmit virtqueue, fairly |
 //! | [`tx`] | packets to the device: the virtqueue, and what waits for room in it |
 //! | [`events`] | the device says that connections are gone |
+//! | [`updates`] | the device says which connections go on by other addresses |
 //! | [`sockets`] | what the core of AF_VSOCK asks of a transport |
 //! | [`connection`] | what is kept for each socket: credit, the receive queue |
 //! | [`statistics`] | counters for operators, in debugfs |
@@ -15,6 +17,7 @@
 //! A guest has one device at a time, so there is one [`VsockDriver`], which outlives devices. Documentation/
 //! has the locks and their order in one table (locking.md).
 
+pub(crate) mod backlog;
 pub(crate) mod connection;
 pub(crate) mod device;
 pub(crate) mod events;
@@ -22,6 +25,7 @@ pub(crate) mod rx;
 pub(crate) mod sockets;
 pub(crate) mod statistics;
 pub(crate) mod tx;
+pub(crate) mod updates;
 
 use crate::{
     af_vsock_glue::{
@@ -57,9 +61,6 @@ pub(crate) struct VsockDriver {
     /// The current device's CID; [`Address::CID_ANY`] while there is no device.
     guest_cid: Atomic<u32>,
 
-    /// The CID that sockets bound to the guest's have; [`Address::CID_ANY`] before the first device.
-    bound_cid: Atomic<u32>,
-
     /// The kinds of sockets that driver and device agreed on, a bit each; see [`Self::socket_types`].
     socket_types: Atomic<u32>,
 
@@ -68,6 +69,13 @@ pub(crate) struct VsockDriver {
     device: Mutex<device::DeviceState>,
     #[pin]
     rx: Mutex<Option<rx::RxQueue>>,
+    /// How many buffers of the receive queue were handled since the device began, modulo 2^32. Changed with the rx
+    /// mutex.
+    rx_handled: Atomic<u32>,
+    /// How many migrations there were. Changed with the events mutex.
+    migrations: Atomic<u64>,
+    /// Whether an update of CIDs waits for packets to be handled. Changed with the rx mutex.
+    update_waits: Atomic<bool>,
     #[pin]
     tx: tx::Tx,
     #[pin]
@@ -125,10 +133,12 @@ impl VsockDriver {
         Arc::pin_init(
             pin_init!(Self {
                 guest_cid: Atomic::new(Address::CID_ANY),
-                bound_cid: Atomic::new(Address::CID_ANY),
                 socket_types: Atomic::new(0),
                 device <- new_mutex!(device::DeviceState::default(), "virtio_vsock_rs_device"),
                 rx <- new_mutex!(None, "virtio_vsock_rs_rx"),
+                rx_handled: Atomic::new(0),
+                migrations: Atomic::new(0),
+                update_waits: Atomic::new(false),
                 tx <- tx::Tx::new(),
                 events <- new_mutex!(None, "virtio_vsock_rs_events"),
                 rx_work <- new_work!("virtio_vsock_rs_rx_work"),

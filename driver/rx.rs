@@ -6,7 +6,6 @@ use super::{
     connection::{Connection, ResetState},
     purpose,
     queue_work,
-    sockets::end_after_reset,
     tx::Message,
     work,
     VsockDriver, //
@@ -16,7 +15,7 @@ use crate::{
         monitor::{self, Direction},
         skb::SkBuff,
         socket::{Address, Directions, LockedSocket, Socket, SocketKind, SocketState},
-        virtio::{FromDevice, PushError, RawQueue, Virtqueue},
+        virtio::{FromDevice, RawQueue, Virtqueue},
         workqueue::cond_resched,
     },
     protocol::{
@@ -25,7 +24,10 @@ use crate::{
         header::{Header, Op, SocketType, HEADER_LEN},
     },
 };
-use kernel::{prelude::*, sync::Arc};
+use kernel::{
+    prelude::*,
+    sync::{atomic::Relaxed, Arc, ArcBorrow},
+};
 
 /// How many packets one run of the work item takes, so that others get the CPU and the lock.
 const BUDGET: u32 = 256;
@@ -38,24 +40,35 @@ pub(crate) struct RxQueue {
     queue: Virtqueue<(), FromDevice>,
     /// Buffers that the device has.
     posted: u32,
+    /// Whether the device sends updates of CIDs, of which no packet of after one may be received before it.
+    has_updates: bool,
 }
 
 impl RxQueue {
-    /// Takes over an empty queue.
-    pub(crate) fn new(queue: RawQueue) -> Self {
+    /// Takes over an empty queue. `has_updates` says whether the device may send updates of CIDs.
+    pub(crate) fn new(queue: RawQueue, has_updates: bool) -> Self {
         Self {
             queue: queue.into(),
             posted: 0,
+            has_updates,
         }
+    }
+
+    /// Whether the device may send updates of CIDs.
+    pub(crate) fn has_updates(&self) -> bool {
+        self.has_updates
     }
 
     /// Gives the device buffers until the queue is full, or memory is short. May sleep.
     pub(crate) fn fill(&mut self) {
-        while let Ok(buffer) = SkBuff::page_sized(()) {
-            match self.queue.push(buffer) {
-                Ok(()) => self.posted += 1,
-                Err((_, PushError::Full | PushError::NoMemory | PushError::Failed(_))) => break,
+        while self.posted < self.queue.size() {
+            let Ok(buffer) = SkBuff::page_sized(()) else {
+                break;
+            };
+            if self.queue.push(buffer).is_err() {
+                break;
             }
+            self.posted += 1;
         }
         self.queue.kick();
     }
@@ -85,8 +98,11 @@ impl VsockDriver {
         loop {
             rx.queue.disable_interrupts();
             loop {
-                if self.tx.park_rx_if_congested() {
-                    // The device takes no answers. resume_rx() lets this go on once it does.
+                if self.update_waits.load(Relaxed) {
+                    self.handle_events();
+                }
+                if self.tx.park_if_congested() {
+                    // The device takes no answers. resume() lets this go on once it does.
                     rx.fill_if_low();
                     return;
                 }
@@ -96,14 +112,23 @@ impl VsockDriver {
                     return;
                 }
                 let Some(packet) = rx.queue.pop() else {
+                    if self.update_waits.load(Relaxed) {
+                        // It waits for packets that the device does not have put here.
+                        self.refuse_waiting_update();
+                    }
                     break;
                 };
                 budget -= 1;
                 rx.posted = rx.posted.saturating_sub(1);
+                if rx.has_updates {
+                    self.handle_events_before_packet();
+                }
                 match packet {
                     Ok(packet) => self.receive(packet),
                     Err(_) => self.statistics.dropped_long.increment(),
                 }
+                self.rx_handled
+                    .store(self.rx_handled.load(Relaxed).wrapping_add(1), Relaxed);
                 rx.fill_if_low();
             }
             if rx.queue.is_broken() || rx.queue.enable_interrupts() {
@@ -146,6 +171,11 @@ impl VsockDriver {
             self.statistics.unknown_type.increment();
             self.send_reset_reply(&header);
             return;
+        }
+        if matches!(header.op, Op::Request | Op::Response) {
+            // It may be of after an event that waits in its queue: then it does not concern a connection of before, and
+            // the connection that it makes is not reset.
+            self.handle_events();
         }
         let socket = Socket::find_connected(flow.remote, flow.local)
             .or_else(|| Socket::find_bound(flow.local));
@@ -228,6 +258,9 @@ impl VsockDriver {
         match step(state, socket.peer_shutdown().bits(), header) {
             Step::Accept | Step::Refuse => self.send_reset_reply(header),
             Step::Establish => {
+                if let Some(cid) = self.guest_cid() {
+                    connection.set_guest_cid(cid);
+                }
                 socket.set_connected();
                 socket.insert_connected();
                 socket.state_change();
@@ -242,15 +275,15 @@ impl VsockDriver {
                     ConnectError::Protocol => EPROTO,
                 });
             }
-            Step::Deliver => self.deliver(socket, &connection, header, payload),
+            Step::Deliver => self.deliver(socket, connection, header, payload),
             Step::SendCredit => self.send_credit_update(socket, connection, true),
             Step::NoteCredit => {}
             Step::PeerShutdown(directions) => {
-                self.peer_shut_down(socket, &connection, Directions::from_bits(directions));
+                self.peer_shut_down(socket, connection, Directions::from_bits(directions));
             }
             Step::PeerClosed => self.finish_connection(socket, &connection),
             Step::PeerForgot => {
-                self.send_reset_reply(header);
+                self.send_final_reset(socket, connection, Message::reply(Op::Rst));
                 self.reset_connection(socket, &connection);
             }
             Step::Drop => self.statistics.dropped_state.increment(),
@@ -277,8 +310,11 @@ impl VsockDriver {
             child.assign_transport::<Self>(listener)?;
             let connection = child.connection::<Self>().ok_or(ENODEV)?;
             connection.note_peer_credit(header.buf_alloc, header.fwd_cnt);
+            if let Some(cid) = self.guest_cid() {
+                connection.set_guest_cid(cid);
+            }
             // Nothing is received meanwhile, so that the peer's next packet finds the socket in its table.
-            self.send_control(&child, &connection, Message::reply(Op::Response))?;
+            self.send_control(&child, connection, Message::reply(Op::Response))?;
             child.insert_connected();
             listener.enqueue_accept(&child);
         }
@@ -290,18 +326,21 @@ impl VsockDriver {
     fn deliver(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         header: &Header,
         payload: ReceivedPayload,
     ) {
-        if connection.enqueue(payload, header.message_end()).is_ok() {
+        if connection
+            .enqueue(socket, payload, header.message_end())
+            .is_ok()
+        {
             socket.wake_readers();
             return;
         }
         // Its data would be lost, so the connection ends instead.
         self.statistics.credit_exceeded.increment();
-        self.send_reset_reply(header);
-        self.finish_connection(socket, connection);
+        self.send_final_reset(socket, connection, Message::reply(Op::Rst));
+        self.finish_connection(socket, &connection);
         socket.fail(ENOBUFS);
         socket.remove_from_tables();
     }
@@ -310,16 +349,16 @@ impl VsockDriver {
     fn peer_shut_down(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         directions: Directions,
     ) {
         let changed = directions != socket.peer_shutdown();
         socket.set_peer_shutdown(directions);
         if directions == Directions::BOTH {
-            if connection.readable() == 0 {
+            if connection.unread() == 0 {
                 // Nothing is to be read any more: this answers the peer's close.
-                let _ = self.send_control(socket, connection, Message::reply(Op::Rst));
-                self.finish_connection(socket, connection);
+                self.send_final_reset(socket, connection, Message::reply(Op::Rst));
+                self.finish_connection(socket, &connection);
             }
             // The peer may use its port anew, though ours has not closed the socket.
             socket.remove_from_tables();
@@ -333,7 +372,7 @@ impl VsockDriver {
     pub(super) fn finish_connection(&self, socket: &LockedSocket<'_>, connection: &Connection) {
         socket.set_done();
         socket.set_peer_shutdown(Directions::BOTH);
-        if connection.readable() == 0 {
+        if connection.unread() == 0 {
             socket.set_state(SocketState::Closing);
         }
         socket.state_change();
@@ -348,32 +387,35 @@ impl VsockDriver {
         socket.remove_from_tables();
     }
 
-    /// Ends a connection that the device has lost: every call of the application fails with ECONNRESET.
-    pub(super) fn reset_connection(&self, socket: &LockedSocket<'_>, connection: &Connection) {
-        if connection.reset_state() != ResetState::No {
-            return;
+    /// Ends a connection that the device has lost: every call of the application fails with ECONNRESET. Returns
+    /// whether there was one that had not come to its end.
+    ///
+    /// What waits to be sent on it is the caller's to cancel.
+    pub(super) fn reset_connection(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: &Connection,
+    ) -> bool {
+        let is_closed = socket.close_is_scheduled();
+        if connection.reset_state() != ResetState::No || (socket.is_done() && !is_closed) {
+            // Where the peer has closed what it sent before can still be read.
+            socket.remove_from_tables();
+            return false;
         }
-        let blocked = socket.blocked_callers();
-        connection.set_reset_state(ResetState::Untold {
-            error_stays: blocked > 1,
-        });
+        connection.note_reset(socket.blocked_readers());
         connection.purge();
         self.statistics.reset_connections.increment();
-        if socket.close_is_scheduled() {
+        if is_closed {
             // The application has closed it already, so it only goes a little sooner.
             socket.set_done();
             socket.cancel_close();
-        } else if socket.state() == SocketState::Established && !socket.is_done() {
-            if blocked == 1 {
-                // That one sees the error itself.
-                end_after_reset(socket, connection);
-            } else {
-                // The socket stays established for the core, which asks before_receive() and before_send().
-                socket.set_peer_shutdown(socket.peer_shutdown().with(Directions::SEND));
-            }
+        } else if socket.state() == SocketState::Established {
+            // The socket stays established for the core, which asks before_receive() and before_send().
+            socket.set_peer_shutdown(socket.peer_shutdown().with(Directions::SEND));
             socket.fail(ECONNRESET);
         }
         socket.remove_from_tables();
+        true
     }
 }
 

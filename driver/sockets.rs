@@ -41,7 +41,8 @@ impl Transport for VsockDriver {
     fn new_connection(&self, socket: &LockedSocket<'_>) -> Result<Arc<Connection>> {
         socket.limit_buffer_size(MAX_BUFFER_SIZE);
         let socket_type = protocol_type(socket.kind()).ok_or(ESOCKTNOSUPPORT)?;
-        Connection::new(socket_type, u32::try_from(socket.buffer_size())?)
+        let buf_alloc = u32::try_from(socket.buffer_size())?;
+        Connection::new(socket_type, buf_alloc, self.tx.waiting_packets())
     }
 
     fn release(self: ArcBorrow<'_, Self>, socket: &mut LockedSocket<'_>) {
@@ -53,35 +54,46 @@ impl Transport for VsockDriver {
         }
     }
 
+    fn free_received(connection: &Connection) {
+        connection.purge();
+    }
+
     fn close_timeout(&self, socket: &LockedSocket<'_>) {
         let Some(connection) = socket.connection::<Self>() else {
             return;
         };
         if !socket.is_done() {
-            let _ = self.send_control(socket, &connection, Message::of(Op::Rst));
+            self.send_final_reset(socket, connection, Message::of(Op::Rst));
             self.finish_connection(socket, &connection);
         }
         self.forget(socket, &connection);
     }
 
-    fn connect(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
+    fn connect(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) -> Result {
         self.send_control(socket, connection, Message::of(Op::Request))
     }
 
     fn cancel(self: ArcBorrow<'_, Self>, socket: &LockedSocket<'_>) {
-        self.cancel_waiting(socket);
+        if let Some(connection) = socket.connection::<Self>() {
+            self.cancel_waiting(&connection);
+        }
     }
 
     fn shutdown(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         directions: Directions,
     ) -> Result {
-        if connection.reset_state() != ResetState::No {
-            return Ok(());
+        match connection.reset_state() {
+            ResetState::No => self.send_shutdown(socket, connection, directions),
+            ResetState::Untold => Ok(()),
+            ResetState::Told => {
+                // The core has just forgotten it.
+                socket.set_done();
+                Ok(())
+            }
         }
-        self.send_shutdown(socket, connection, directions)
     }
 
     fn allows_stream(&self, socket: &Socket, _remote: Address) -> bool {
@@ -104,6 +116,26 @@ impl Transport for VsockDriver {
         tell_of_reset(socket, &connection)?;
         let low_water = u32::try_from(wanted).unwrap_or(u32::MAX);
         self.send_wanted_credit_update(socket, connection, low_water);
+        Ok(())
+    }
+
+    fn before_next_part(&self, connection: &Connection) -> Result {
+        if connection.has_untold_reader() {
+            // The reader's next call learns of the reset.
+            connection.note_blocked_reader_told();
+            return Err(ECONNRESET);
+        }
+        Ok(())
+    }
+
+    fn after_nothing(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
+        if connection.has_untold_reader() {
+            if connection.reset_state() == ResetState::Untold {
+                end_after_reset(socket, connection);
+            }
+            connection.note_blocked_reader_told();
+            return Err(ECONNRESET);
+        }
         Ok(())
     }
 
@@ -134,6 +166,10 @@ impl Transport for VsockDriver {
         message: &mut MessageDest,
         peek: bool,
     ) -> Result<usize> {
+        if connection.reset_state() == ResetState::Told && connection.has_untold_reader() {
+            connection.note_blocked_reader_told();
+            return Err(ECONNRESET);
+        }
         tell_of_reset(socket, &connection)?;
         let room = message.remaining();
         let copy = |packet: &SkBuff<Received>, offset, part| packet.copy_to(offset, message, part);
@@ -172,6 +208,10 @@ impl Transport for VsockDriver {
         message: &mut MessageSource,
         len: usize,
     ) -> Result<usize> {
+        if connection.reset_state() != ResetState::No {
+            // A writer that was blocked, where SO_ERROR has told somebody else before.
+            return Err(ECONNRESET);
+        }
         let credit = connection.take_send_credit(u32::try_from(len).unwrap_or(u32::MAX));
         if credit == 0 && len > 0 {
             self.statistics.credit_stalls.increment();
@@ -240,23 +280,27 @@ impl Transport for VsockDriver {
     }
 
     fn readable_messages(connection: &Connection) -> usize {
-        match connection.reset_state() {
-            // Without a message the core would not ask further, and the reader get an end of the stream.
-            ResetState::Untold { .. } => 1,
-            ResetState::No | ResetState::Told => connection.readable_messages() as usize,
-        }
+        // Without a message the core would not ask further, and the reader get an end of the stream.
+        (connection.readable_messages() as usize).max(connection.has_untold_reader().into())
     }
 
     fn readable(connection: &Connection) -> usize {
-        connection.readable() as usize
+        // As above.
+        (connection.unread() as usize).max(connection.has_untold_reader().into())
     }
 
     fn writable(connection: &Connection) -> usize {
-        connection.writable() as usize
+        // Nobody waits for room in a connection that was reset.
+        let is_reset = connection.reset_state() != ResetState::No;
+        (connection.writable() as usize).max(is_reset.into())
     }
 
     fn unsent(connection: &Connection) -> usize {
-        connection.unsent()
+        match connection.reset_state() {
+            ResetState::No => connection.unsent(),
+            // What the device still has of it goes nowhere, and a close() that lingers need not wait for it.
+            ResetState::Untold | ResetState::Told => 0,
+        }
     }
 
     fn set_buffer_size(
@@ -267,7 +311,8 @@ impl Transport for VsockDriver {
     ) -> u64 {
         let size = size.min(MAX_BUFFER_SIZE);
         connection.set_buf_alloc(u32::try_from(size).unwrap_or(u32::MAX));
-        if socket.state() == SocketState::Established && !socket.is_done() {
+        let is_connected = socket.state() == SocketState::Established && !socket.is_done();
+        if is_connected && connection.reset_state() == ResetState::No {
             self.send_credit_update(socket, connection, false);
             // Our own size limits what can be sent, too.
             socket.write_space();
@@ -317,7 +362,7 @@ impl VsockDriver {
         if error != ENODEV {
             return error;
         }
-        // Whoever takes the device away comes to this socket later.
+        // Whoever takes the device away comes to this socket later, and to what waits.
         self.reset_connection(socket, connection);
         tell_of_reset(socket, connection)
             .err()
@@ -336,7 +381,7 @@ impl VsockDriver {
             SocketState::Established | SocketState::Closing => {}
             SocketState::Connecting => {
                 // A response that comes all the same is answered with RST.
-                self.cancel_waiting(socket);
+                self.cancel_waiting(&connection);
                 return Closed::Now;
             }
             SocketState::Closed | SocketState::Listening => return Closed::Now,
@@ -344,11 +389,11 @@ impl VsockDriver {
         if socket.peer_shutdown() == Directions::BOTH {
             // The peer has closed, this is the answer. It may have been given already.
             if !socket.is_done() {
-                let _ = self.send_control(socket, &connection, Message::of(Op::Rst));
+                self.send_final_reset(socket, connection, Message::of(Op::Rst));
             }
             return Closed::Now;
         }
-        match self.send_shutdown(socket, &connection, Directions::BOTH) {
+        match self.send_shutdown(socket, connection, Directions::BOTH) {
             // Without a device there is nobody to wait for.
             Err(ENODEV | EIO) => return Closed::Now,
             // After the close timeout the peer is told by RST.
@@ -369,7 +414,7 @@ impl VsockDriver {
     fn send_shutdown(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         directions: Directions,
     ) -> Result {
         // The protocol's flags are the socket layer's bits.
@@ -389,26 +434,25 @@ impl VsockDriver {
 ///
 /// Afterwards readers get the end of the stream and writers EPIPE, as with TCP.
 fn tell_of_reset(socket: &LockedSocket<'_>, connection: &Connection) -> Result {
-    let ResetState::Untold { error_stays } = connection.reset_state() else {
-        return Ok(());
-    };
-    end_after_reset(socket, connection);
     // SO_ERROR may have told the application already.
-    let is_news = if error_stays {
-        socket.has_error()
-    } else {
-        socket.take_error()
-    };
-    if is_news {
+    if connection.reset_state() == ResetState::Untold && end_after_reset(socket, connection) {
         return Err(ECONNRESET);
     }
     Ok(())
 }
 
-/// Lets later calls find the end of a connection that was reset, of which the application knows.
-pub(super) fn end_after_reset(socket: &LockedSocket<'_>, connection: &Connection) {
-    connection.set_reset_state(ResetState::Told);
+/// Lets later calls find the end of a connection that was reset, of which the application knows from now on. Returns
+/// whether the socket still had its error to tell.
+fn end_after_reset(socket: &LockedSocket<'_>, connection: &Connection) -> bool {
+    connection.note_reset_told();
     socket.set_shutdown(Directions::BOTH);
     socket.set_done();
     socket.set_state(SocketState::Closed);
+    if socket.blocked_writers() > 0 {
+        // They learn of the reset by the error. One that began to wait after it was set has to be woken.
+        socket.state_change();
+        socket.has_error()
+    } else {
+        socket.take_error()
+    }
 }

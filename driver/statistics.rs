@@ -92,6 +92,12 @@ statistics! {
     transport_resets,
     /// Connections that were reset because of those, or because the device went away.
     reset_connections,
+    /// Updates of CIDs that were applied.
+    cid_updates,
+    /// Connections that went on by other addresses.
+    kept_connections,
+    /// Updates of CIDs that were not valid, each of which was a transport reset instead.
+    refused_updates,
     /// Events of unknown kind or wrong length.
     unknown_events,
 }

@@ -3,12 +3,13 @@
 //! Packets to the device.
 //!
 //! A packet goes straight into the virtqueue where there is room and nothing waits. Otherwise it waits in the
-//! backlog, in order, until the device has used buffers. What waits is bounded: payload by the size of its
+//! [`backlog`](super::backlog) until the device has used buffers. What waits is bounded: payload by the size of its
 //! socket's buffer, answers to packets of the device by [`MAX_WAITING_REPLIES`], because no more packets are
 //! received while so many wait, and other control packets by a number for each socket.
 
 use super::{
-    connection::Connection,
+    backlog::{Backlog, Waiting, WaitingPackets},
+    connection::{Connection, ResetState},
     purpose,
     queue_work,
     work,
@@ -19,11 +20,12 @@ use crate::{
         message::{MessageSource, ZeroCopy},
         monitor::{self, Direction},
         skb::{Payload, SkBuff, SkBuffQueue},
-        socket::{LockedSocket, Socket},
+        socket::LockedSocket,
         virtio::{PushError, RawQueue, ToDevice, Virtqueue},
         workqueue::cond_resched,
     },
     protocol::{
+        cid::Cid,
         header::{Header, Op, SocketType, HEADER_LEN, SEQ_EOM, SEQ_EOR},
         MAX_PAYLOAD,
     },
@@ -32,7 +34,7 @@ use kernel::{
     prelude::*,
     sync::{
         atomic::{Atomic, Relaxed},
-        new_mutex, new_spinlock, Arc, ArcBorrow, Mutex, SpinLock,
+        new_mutex, Arc, ArcBorrow, LockedBy, Mutex,
     },
 };
 
@@ -41,8 +43,10 @@ const MAX_WAITING_REPLIES: usize = 128;
 
 /// Control block of a packet to the device.
 pub(crate) struct Outgoing {
-    /// The connection that counts the packet until it is dropped.
-    counted: Option<(Arc<Connection>, Counted)>,
+    /// The connection that it is of.
+    connection: Option<Arc<Connection>>,
+    /// What that counts until the packet is dropped.
+    counted: Counted,
     /// Whether it answers a packet of the device.
     is_reply: bool,
 }
@@ -50,6 +54,7 @@ pub(crate) struct Outgoing {
 /// What a connection counts of a packet.
 #[derive(Clone, Copy)]
 enum Counted {
+    Nothing,
     /// So many bytes of payload.
     Payload(u32),
     /// A credit update.
@@ -57,9 +62,19 @@ enum Counted {
 }
 
 impl Outgoing {
-    fn control(is_reply: bool) -> Self {
+    /// An answer to a packet that is of no connection.
+    fn unconnected_reply() -> Self {
         Self {
-            counted: None,
+            connection: None,
+            counted: Counted::Nothing,
+            is_reply: true,
+        }
+    }
+
+    fn control(connection: ArcBorrow<'_, Connection>, is_reply: bool) -> Self {
+        Self {
+            connection: Some(connection.into()),
+            counted: Counted::Nothing,
             is_reply,
         }
     }
@@ -67,7 +82,8 @@ impl Outgoing {
     fn payload(connection: ArcBorrow<'_, Connection>, len: u32) -> Self {
         connection.add_unsent(len);
         Self {
-            counted: Some((connection.into(), Counted::Payload(len))),
+            connection: Some(connection.into()),
+            counted: Counted::Payload(len),
             is_reply: false,
         }
     }
@@ -75,18 +91,29 @@ impl Outgoing {
     fn credit_update(connection: ArcBorrow<'_, Connection>, is_reply: bool) -> Self {
         connection.add_waiting_update();
         Self {
-            counted: Some((connection.into(), Counted::CreditUpdate)),
+            connection: Some(connection.into()),
+            counted: Counted::CreditUpdate,
             is_reply,
         }
     }
 
-    fn is_credit_update(&self) -> bool {
-        matches!(self.counted, Some((_, Counted::CreditUpdate)))
+    /// The connection that the packet is of.
+    pub(super) fn connection(&self) -> Option<ArcBorrow<'_, Connection>> {
+        self.connection.as_ref().map(Arc::as_arc_borrow)
+    }
+
+    /// Whether it answers a packet of the device.
+    pub(super) fn is_reply(&self) -> bool {
+        self.is_reply
+    }
+
+    pub(super) fn is_credit_update(&self) -> bool {
+        matches!(self.counted, Counted::CreditUpdate)
     }
 
     fn payload_len(&self) -> usize {
-        match &self.counted {
-            Some((_, Counted::Payload(len))) => *len as usize,
+        match self.counted {
+            Counted::Payload(len) => len as usize,
             _ => 0,
         }
     }
@@ -94,10 +121,12 @@ impl Outgoing {
 
 impl Drop for Outgoing {
     fn drop(&mut self) {
-        match self.counted.take() {
-            Some((connection, Counted::Payload(len))) => connection.remove_unsent(len),
-            Some((connection, Counted::CreditUpdate)) => connection.remove_waiting_update(),
-            None => {}
+        if let Some(connection) = self.connection.take() {
+            match self.counted {
+                Counted::Payload(len) => connection.remove_unsent(len),
+                Counted::CreditUpdate => connection.remove_waiting_update(),
+                Counted::Nothing => {}
+            }
         }
     }
 }
@@ -108,15 +137,21 @@ pub(crate) type OutgoingPacket = SkBuff<Outgoing>;
 /// The transmit virtqueue and what waits for room in it.
 #[pin_data]
 pub(crate) struct Tx {
-    /// `None` while there is no device.
     #[pin]
-    queue: Mutex<Option<TxQueue>>,
-    #[pin]
-    backlog: SpinLock<Backlog>,
-    /// Whether answers may wait in the backlog. Changed with its lock held.
+    state: Mutex<TxState>,
+    /// Whether answers may wait in the backlog.
     replies_wait: Atomic<bool>,
     /// The longest payload that fits into the virtqueue, in bytes.
     longest_payload: Atomic<u32>,
+}
+
+/// What the tx mutex protects.
+pub(crate) struct TxState {
+    /// `None` while there is no device.
+    device: Option<TxQueue>,
+    pub(super) backlog: Backlog,
+    /// Whether the receiver has stopped until fewer answers wait.
+    parked: bool,
 }
 
 /// The transmit virtqueue of a device.
@@ -140,43 +175,55 @@ impl TxQueue {
     }
 }
 
-/// Packets that wait, in order.
-struct Backlog {
-    packets: SkBuffQueue<Outgoing>,
-    replies: usize,
-    /// Whether the receiver has stopped until fewer answers wait.
-    rx_parked: bool,
-}
-
-impl Backlog {
-    fn push_back(&mut self, packet: OutgoingPacket) {
-        self.replies += usize::from(packet.control().is_reply);
-        self.packets.push_back(packet);
+impl TxState {
+    /// Gives a packet to the device, or lets it wait for room. Returns whether it waits.
+    fn push_or_wait(&mut self, packet: OutgoingPacket) -> Result<bool, (OutgoingPacket, Error)> {
+        let nothing_waits = self.nothing_waits();
+        let Some(device) = &mut self.device else {
+            return Err((packet, ENODEV));
+        };
+        if device.queue.is_broken() {
+            return Err((packet, EIO));
+        }
+        if let Some(header) = packet.front() {
+            monitor::show(Direction::Sent, header, purpose, &packet);
+        }
+        let pushed = if nothing_waits {
+            device.push(packet)
+        } else {
+            Err((packet, PushError::Full))
+        };
+        match pushed {
+            Ok(()) => {
+                device.queue.kick();
+                Ok(false)
+            }
+            // The device will use buffers that it has, and its interrupt takes this up.
+            Err((packet, PushError::Full | PushError::NoMemory))
+                if device.in_flight > 0 || !nothing_waits =>
+            {
+                self.push_waiting(packet);
+                Ok(true)
+            }
+            Err((packet, PushError::Full | PushError::NoMemory)) => Err((packet, ENOMEM)),
+            Err((packet, PushError::Failed(_))) => Err((packet, EIO)),
+        }
     }
 
-    fn push_front(&mut self, packet: OutgoingPacket) {
-        self.replies += usize::from(packet.control().is_reply);
-        self.packets.push_front(packet);
-    }
-
-    fn pop_front(&mut self) -> Option<OutgoingPacket> {
-        let packet = self.packets.pop_front()?;
-        self.replies -= usize::from(packet.control().is_reply);
-        Some(packet)
-    }
-
-    fn extract(
-        &mut self,
-        mut matches: impl FnMut(&OutgoingPacket) -> bool,
-    ) -> SkBuffQueue<Outgoing> {
-        let mut replies = 0;
-        let extracted = self.packets.extract(|packet| {
-            let extract = matches(packet);
-            replies += usize::from(extract && packet.control().is_reply);
-            extract
-        });
-        self.replies -= replies;
-        extracted
+    /// Moves packets from the backlog into the virtqueue, as far as there is room.
+    fn push_from_backlog(&mut self) {
+        while let Some((packet, turn)) = self.take_turn() {
+            let pushed = match &mut self.device {
+                Some(device) => device.push(packet),
+                None => Err((packet, PushError::Full)),
+            };
+            if let Err((packet, _)) = pushed {
+                self.keep_turn(packet, turn);
+                return;
+            }
+            self.end_turn(turn);
+            cond_resched();
+        }
     }
 }
 
@@ -184,15 +231,19 @@ impl Tx {
     /// A transmitter without a device.
     pub(crate) fn new() -> impl PinInit<Self> {
         pin_init!(Self {
-            queue <- new_mutex!(None, "virtio_vsock_rs_tx"),
-            backlog <- new_spinlock!(Backlog {
-                packets: SkBuffQueue::new(),
-                replies: 0,
-                rx_parked: false,
-            }, "virtio_vsock_rs_backlog"),
+            state <- new_mutex!(TxState {
+                device: None,
+                backlog: Backlog::new(),
+                parked: false,
+            }, "virtio_vsock_rs_tx"),
             replies_wait: Atomic::new(false),
             longest_payload: Atomic::new(MAX_PAYLOAD),
         })
+    }
+
+    /// Room for the waiting packets of a connection, to be had with the tx mutex.
+    pub(crate) fn waiting_packets(&self) -> Waiting {
+        LockedBy::new(&self.state, WaitingPackets::new())
     }
 
     /// Begins to use a device's queue.
@@ -205,7 +256,7 @@ impl Tx {
             (OutgoingPacket::longest_linear() - HEADER_LEN) as u32
         };
         self.longest_payload.store(longest, Relaxed);
-        *self.queue.lock() = Some(TxQueue {
+        self.state.lock().device = Some(TxQueue {
             queue,
             in_flight: 0,
         });
@@ -223,36 +274,37 @@ impl Tx {
 
     /// Takes the device's queue out of use; nothing is added to it or to the backlog any more. Sleeps.
     pub(crate) fn take_queue(&self) -> Option<TxQueue> {
-        self.queue.lock().take()
+        self.state.lock().device.take()
     }
 
-    /// Frees what waits for a device that is gone.
+    /// Frees what waits for a device that is gone. Sleeps.
     pub(crate) fn drop_backlog(&self) {
-        let mut backlog = self.backlog.lock();
-        backlog.rx_parked = false;
-        let waiting = backlog.extract(|_| true);
-        // Freed outside of the spinlock.
-        drop(backlog);
+        let mut state = self.state.lock();
+        state.parked = false;
+        let waiting = state.take_all_waiting();
+        // Freed outside of the lock: that calls back into sockets.
+        drop(state);
         drop(waiting);
     }
 
-    /// Whether so many answers wait that no more packets should be received. Whoever is told so stops
-    /// receiving, and [`VsockDriver::resume_rx`] lets it go on. Callable in atomic context.
-    pub(crate) fn park_rx_if_congested(&self) -> bool {
+    /// Whether so many answers wait that no more packets and updates should be received. Whoever is told so stops
+    /// receiving, and [`VsockDriver::resume`] lets it go on. Needs the rx mutex; may sleep.
+    pub(crate) fn park_if_congested(&self) -> bool {
         // Answers are given by who asks here, so it knows of its own; this spares every packet the lock.
         if !self.replies_wait.load(Relaxed) {
             return false;
         }
-        let mut backlog = self.backlog.lock();
-        backlog.rx_parked = backlog.replies >= MAX_WAITING_REPLIES;
-        backlog.rx_parked
+        let mut state = self.state.lock();
+        state.parked = state.waiting_replies() >= MAX_WAITING_REPLIES;
+        state.parked
     }
 
     /// Whether the receiver has stopped and can go on. It is told once.
-    fn unpark_rx(&self) -> bool {
-        let mut backlog = self.backlog.lock();
-        self.replies_wait.store(backlog.replies > 0, Relaxed);
-        backlog.replies < MAX_WAITING_REPLIES && core::mem::take(&mut backlog.rx_parked)
+    fn unpark(&self) -> bool {
+        let mut state = self.state.lock();
+        let waiting = state.waiting_replies();
+        self.replies_wait.store(waiting > 0, Relaxed);
+        waiting < MAX_WAITING_REPLIES && core::mem::take(&mut state.parked)
     }
 }
 
@@ -298,7 +350,8 @@ impl VsockDriver {
         len: u32,
     ) -> Result<Header> {
         let (local, remote) = (socket.local(), socket.remote());
-        let guest_cid = self.guest_cid().ok_or(ENODEV)?.get();
+        let present = self.guest_cid().ok_or(ENODEV)?;
+        let guest_cid = connection.guest_cid().unwrap_or(present).get();
         // No device carries a guest's packets to itself; that is what the loopback transport is for.
         if remote.cid == guest_cid {
             return Err(ENODEV);
@@ -322,15 +375,24 @@ impl VsockDriver {
     pub(crate) fn send_control(
         &self,
         socket: &LockedSocket<'_>,
-        connection: &Connection,
+        connection: ArcBorrow<'_, Connection>,
         message: Message,
     ) -> Result {
-        self.send_counted(
-            socket,
-            connection,
-            message,
-            Outgoing::control(message.is_reply),
-        )
+        let control = Outgoing::control(connection, message.is_reply);
+        self.send_counted(socket, &connection, message, control)
+    }
+
+    /// Sends RST on a connection that is over; what waits of it is of no use to the peer. May sleep.
+    pub(crate) fn send_final_reset(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Connection>,
+        message: Message,
+    ) {
+        // Otherwise a new connection between the same ports could overtake it.
+        self.cancel_waiting(&connection);
+        // Out of memory, or without a device, the peer is left to its own timeout.
+        let _ = self.send_control(socket, connection, message);
     }
 
     fn send_counted(
@@ -419,9 +481,8 @@ impl VsockDriver {
     ) {
         if connection.has_many_waiting_updates() {
             // This one says all that they do. Those that the device has already are as many as its queue takes.
-            self.cancel(|packet| {
-                packet.control().is_credit_update() && packet.is_charged_to(socket)
-            });
+            let waiting = self.tx.state.lock().take_credit_updates(&connection);
+            drop(waiting);
         }
         let control = Outgoing::credit_update(connection, is_reply);
         let message = Message::of(Op::CreditUpdate);
@@ -443,7 +504,7 @@ impl VsockDriver {
             &header.to_bytes(),
             Payload::None,
             None,
-            Outgoing::control(true),
+            Outgoing::unconnected_reply(),
         );
         // Out of memory, or without a device, the peer is left to its own timeout.
         if packet.and_then(|packet| self.transmit(packet)).is_ok() {
@@ -457,15 +518,17 @@ impl VsockDriver {
     ///
     /// ENODEV where there is no device, EIO where it is broken, ENOMEM; the packet is freed.
     pub(crate) fn transmit(&self, packet: OutgoingPacket) -> Result {
-        let payload = packet.control().payload_len();
-        let mut queue = self.tx.queue.lock();
-        let sent = match (*queue).as_mut() {
-            None => Err((packet, ENODEV)),
-            Some(queue) => self.push_or_wait(queue, packet),
-        };
-        drop(queue);
+        let (payload, is_reply) = (packet.control().payload_len(), packet.control().is_reply());
+        // The lock is released at the end of this statement.
+        let sent = self.tx.state.lock().push_or_wait(packet);
         match sent {
-            Ok(()) => {
+            Ok(waits) => {
+                if waits {
+                    self.statistics.tx_waited.increment();
+                    if is_reply {
+                        self.tx.replies_wait.store(true, Relaxed);
+                    }
+                }
                 self.statistics.tx_packets.increment();
                 self.statistics.tx_bytes.add(payload);
                 Ok(())
@@ -478,75 +541,40 @@ impl VsockDriver {
         }
     }
 
-    fn push_or_wait(
-        &self,
-        queue: &mut TxQueue,
-        packet: OutgoingPacket,
-    ) -> Result<(), (OutgoingPacket, Error)> {
-        if queue.queue.is_broken() {
-            return Err((packet, EIO));
-        }
-        if let Some(header) = packet.front() {
-            monitor::show(Direction::Sent, header, purpose, &packet);
-        }
-        let nothing_waits = self.tx.backlog.lock().packets.is_empty();
-        let pushed = if nothing_waits {
-            queue.push(packet)
-        } else {
-            Err((packet, PushError::Full))
-        };
-        match pushed {
-            Ok(()) => {
-                queue.queue.kick();
-                Ok(())
-            }
-            // The device will use buffers that it has, and its interrupt takes this up.
-            Err((packet, PushError::Full | PushError::NoMemory))
-                if queue.in_flight > 0 || !nothing_waits =>
-            {
-                let mut backlog = self.tx.backlog.lock();
-                if packet.control().is_reply {
-                    self.tx.replies_wait.store(true, Relaxed);
-                }
-                backlog.push_back(packet);
-                drop(backlog);
-                self.statistics.tx_waited.increment();
-                Ok(())
-            }
-            Err((packet, PushError::Full | PushError::NoMemory)) => Err((packet, ENOMEM)),
-            Err((packet, PushError::Failed(_))) => Err((packet, EIO)),
-        }
-    }
-
     /// Frees the packets that the device has used, and gives it those that wait. Work item; sleeps.
     pub(super) fn process_tx(self: &Arc<Self>) {
         // Freed after the lock is released: freeing calls back into sockets.
         let mut used = SkBuffQueue::new();
         {
-            let mut queue = self.tx.queue.lock();
-            let Some(queue) = (*queue).as_mut() else {
-                return;
-            };
+            let mut state = self.tx.state.lock();
             loop {
-                queue.queue.disable_interrupts();
-                while let Some(packet) = queue.pop() {
+                let Some(device) = &mut state.device else {
+                    return;
+                };
+                device.queue.disable_interrupts();
+                while let Some(packet) = device.pop() {
                     used.push_back(packet);
                 }
-                self.push_waiting(queue);
-                if queue.queue.is_broken() || queue.queue.enable_interrupts() {
+                state.push_from_backlog();
+                let Some(device) = &mut state.device else {
+                    return;
+                };
+                if device.queue.is_broken() || device.queue.enable_interrupts() {
                     break;
                 }
                 cond_resched();
             }
-            queue.queue.kick();
-            if queue.queue.is_broken() {
+            let Some(device) = &mut state.device else {
+                return;
+            };
+            device.queue.kick();
+            let (is_broken, is_empty) = (device.queue.is_broken(), device.in_flight == 0);
+            if is_broken {
                 // Nothing that waits will be taken any more; what is sent from now on fails.
-                let mut lost = self.tx.backlog.lock().extract(|_| true);
+                let lost = state.take_all_waiting();
                 self.statistics.dropped_tx.add(lost.len());
-                while let Some(packet) = lost.pop_front() {
-                    used.push_back(packet);
-                }
-            } else if queue.in_flight == 0 && !self.tx.backlog.lock().packets.is_empty() {
+                used.prepend(lost);
+            } else if is_empty && !state.nothing_waits() {
                 // There was no memory to map even one packet, and no interrupt will come.
                 queue_work::<{ work::TX }>(self.clone());
             }
@@ -555,42 +583,75 @@ impl VsockDriver {
             packet.consume();
             cond_resched();
         }
-        self.resume_rx();
-    }
-
-    /// Moves packets from the backlog into the queue, as far as there is room.
-    fn push_waiting(&self, queue: &mut TxQueue) {
-        loop {
-            let Some(packet) = self.tx.backlog.lock().pop_front() else {
-                return;
-            };
-            if let Err((packet, _)) = queue.push(packet) {
-                self.tx.backlog.lock().push_front(packet);
-                return;
-            }
-            cond_resched();
-        }
+        self.resume();
     }
 
     /// Lets the receiver go on, where it has stopped and few enough answers wait.
-    fn resume_rx(self: &Arc<Self>) {
-        if self.tx.unpark_rx() {
+    fn resume(self: &Arc<Self>) {
+        if self.tx.unpark() {
             queue_work::<{ work::RX }>(self.clone());
+            queue_work::<{ work::EVENTS }>(self.clone());
         }
     }
 
-    /// Frees the packets of a socket that wait. Sleeps.
-    pub(crate) fn cancel_waiting(self: ArcBorrow<'_, Self>, socket: &Socket) {
-        self.cancel(|packet| packet.is_charged_to(socket));
-        Arc::from(self).resume_rx();
+    /// Tells the device that a connection goes on by its new addresses, before any other packet with these. Sleeps.
+    pub(crate) fn acknowledge_update(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Connection>,
+        guest_cid: Cid,
+        host_cid: Cid,
+    ) {
+        // Without a device there is nobody to tell.
+        let Ok(header) = self.header(socket, &connection, Op::CreditRequest, 0, 0) else {
+            return;
+        };
+        let packet = OutgoingPacket::outgoing_for_sure(
+            Some(socket),
+            &header.to_bytes(),
+            Outgoing::control(connection, false),
+        );
+        let lost = {
+            let mut state = self.tx.state.lock();
+            state.readdress(&connection, guest_cid, host_cid);
+            match state.put_before_waiting(&connection, packet) {
+                None => None,
+                Some(packet) => state.push_or_wait(packet).err(),
+            }
+        };
+        // It is freed outside of the lock; the device is broken or gone.
+        drop(lost);
+        connection.advertised();
     }
 
-    /// Frees packets that wait. Sleeps.
-    fn cancel(&self, matches: impl FnMut(&OutgoingPacket) -> bool) {
-        // The lock keeps packets from being between backlog and queue.
-        let queue = self.tx.queue.lock();
-        let cancelled = self.tx.backlog.lock().extract(matches);
-        drop(queue);
-        drop(cancelled);
+    /// Sends a packet of no connection, whatever memory there is. Sleeps.
+    pub(crate) fn send_for_sure(&self, header: &Header) {
+        let packet = OutgoingPacket::outgoing_for_sure(
+            None,
+            &header.to_bytes(),
+            Outgoing::unconnected_reply(),
+        );
+        // Only the device can be missing.
+        let _ = self.transmit(packet);
+    }
+
+    /// Lets requests for connections that wait come from the guest's present CID. May sleep.
+    pub(crate) fn readdress_waiting_requests(&self, guest_cid: Cid) {
+        self.tx.state.lock().readdress_requests(guest_cid);
+    }
+
+    /// Frees the packets of all connections that were reset. May sleep.
+    pub(crate) fn cancel_waiting_of_reset_connections(&self) {
+        let was_reset = |connection: &Connection| connection.reset_state() != ResetState::No;
+        let waiting = self.tx.state.lock().take_waiting_where(was_reset);
+        drop(waiting);
+    }
+
+    /// Frees the packets of a connection that wait. May sleep.
+    ///
+    /// Where the receiver waits for fewer answers it goes on when the device has used a buffer.
+    pub(crate) fn cancel_waiting(&self, connection: &Connection) {
+        let waiting = self.tx.state.lock().take_waiting_of(connection);
+        drop(waiting);
     }
 }

@@ -1,15 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What the device says on its event queue (virtio 5.10.6.7, `struct virtio_vsock_event`).
+//! What the device says on its event queue (virtio 5.10.6.7, `struct virtio_vsock_event`; the update of CIDs is an
+//! extension, Documentation/checkpoint.md).
 
-/// Length of an event on the wire, in bytes.
+use super::update::{Tuple, UpdatePart, TUPLE_LEN};
+
+/// Length of an event without any data, in bytes.
 pub const EVENT_LEN: usize = 4;
+
+/// Length of what comes before the tuples in an update of CIDs, in bytes.
+pub const CID_UPDATE_LEN: usize = 40;
+
+/// How long the event buffers are once `VIRTIO_VSOCK_F_CHECKPOINT` is negotiated, in bytes.
+pub const LONG_EVENT_LEN: usize = 4096;
+
+const TRANSPORT_RESET: u32 = 0;
+const CID_UPDATE: u32 = 1;
 
 /// An event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Event {
+pub enum Event<'a> {
     /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone and `guest_cid` may have changed.
     TransportReset,
+    /// `VIRTIO_VSOCK_EVENT_CID_UPDATE`: CIDs have changed, and the listed connections are still there.
+    CidUpdate(UpdatePart<'a>),
 }
 
 /// Why bytes are no event.
@@ -19,17 +33,98 @@ pub enum InvalidEvent {
     Length(usize),
     /// No event has this number.
     Unknown(u32),
+    /// It is an update of CIDs, and as long as it says, but says what cannot be.
+    Update,
 }
 
-impl Event {
+impl<'a> Event<'a> {
     /// Reads an event from what the device wrote into an event buffer.
-    pub fn parse(bytes: &[u8]) -> Result<Self, InvalidEvent> {
-        let id: [u8; EVENT_LEN] = bytes
-            .try_into()
-            .map_err(|_| InvalidEvent::Length(bytes.len()))?;
-        match u32::from_le_bytes(id) {
-            0 => Ok(Event::TransportReset),
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, InvalidEvent> {
+        let wrong_length = InvalidEvent::Length(bytes.len());
+        let (id, rest) = bytes.split_first_chunk::<4>().ok_or(wrong_length)?;
+        match u32::from_le_bytes(*id) {
+            TRANSPORT_RESET if rest.is_empty() => Ok(Event::TransportReset),
+            CID_UPDATE => {
+                let (head, tuples) = rest
+                    .split_first_chunk::<{ CID_UPDATE_LEN - EVENT_LEN }>()
+                    .ok_or(wrong_length)?;
+                parse_update(head, tuples, wrong_length).map(Event::CidUpdate)
+            }
+            TRANSPORT_RESET => Err(wrong_length),
+            _ if bytes.len() != EVENT_LEN => Err(wrong_length),
             other => Err(InvalidEvent::Unknown(other)),
         }
     }
+}
+
+fn parse_update<'a>(
+    head: &[u8; CID_UPDATE_LEN - EVENT_LEN],
+    tuples: &'a [u8],
+    wrong_length: InvalidEvent,
+) -> Result<UpdatePart<'a>, InvalidEvent> {
+    let mut fields = Fields(head);
+    let generation = fields.le32();
+    let (old_guest_cid, new_guest_cid) = (fields.le64(), fields.le64());
+    let (total, first, count) = (fields.le32(), fields.le32(), fields.le32());
+    let (rx_used, reserved) = (fields.le16(), fields.le16());
+    if usize::try_from(count)
+        .ok()
+        .and_then(|count| count.checked_mul(TUPLE_LEN))
+        != Some(tuples.len())
+    {
+        return Err(wrong_length);
+    }
+    let part = UpdatePart::new(
+        generation,
+        (old_guest_cid, new_guest_cid),
+        (total, first, count),
+        rx_used,
+        tuples,
+    );
+    match part {
+        Some(part) if reserved == 0 => Ok(part),
+        _ => Err(InvalidEvent::Update),
+    }
+}
+
+/// Little-endian fields, one after the other; 0 behind their end.
+pub(super) struct Fields<'a>(pub(super) &'a [u8]);
+
+impl Fields<'_> {
+    fn take<const N: usize>(&mut self) -> [u8; N] {
+        match self.0.split_first_chunk::<N>() {
+            Some((field, rest)) => {
+                self.0 = rest;
+                *field
+            }
+            None => [0; N],
+        }
+    }
+
+    pub(super) fn le16(&mut self) -> u16 {
+        u16::from_le_bytes(self.take())
+    }
+
+    pub(super) fn le32(&mut self) -> u32 {
+        u32::from_le_bytes(self.take())
+    }
+
+    pub(super) fn le64(&mut self) -> u64 {
+        u64::from_le_bytes(self.take())
+    }
+}
+
+/// The tuples of an update that the device sent by `bytes`, [`TUPLE_LEN`] bytes each; `None` for those that cannot be.
+pub(super) fn tuples(bytes: &[u8]) -> impl Iterator<Item = Option<Tuple>> + '_ {
+    bytes.chunks_exact(TUPLE_LEN).map(|tuple| {
+        let mut fields = Fields(tuple);
+        let (old_cid, new_cid) = (fields.le64(), fields.le64());
+        let (host_port, guest_port) = (fields.le32(), fields.le32());
+        let socket_type = fields.le16();
+        let reserved = (fields.le16(), fields.le32());
+        if reserved != (0, 0) {
+            return None;
+        }
+        Tuple::new(old_cid, new_cid, host_port, guest_port, socket_type)
+    })
 }

@@ -2,6 +2,8 @@
 
 //! The header that every packet begins with (virtio 5.10.6, `struct virtio_vsock_hdr`).
 
+use super::cid::Cid;
+
 /// Length of a header on the wire, in bytes.
 pub const HEADER_LEN: usize = 44;
 
@@ -185,6 +187,17 @@ impl Header {
         put(&self.buf_alloc.to_le_bytes());
         put(&self.fwd_cnt.to_le_bytes());
         bytes
+    }
+
+    /// Replaces both CIDs in a header as it goes on the wire.
+    pub fn set_cids(bytes: &mut [u8; HEADER_LEN], src: Cid, dst: Cid) {
+        let cids = u64::from(src.get())
+            .to_le_bytes()
+            .into_iter()
+            .chain(u64::from(dst.get()).to_le_bytes());
+        for (byte, new) in bytes.iter_mut().zip(cids) {
+            *byte = new;
+        }
     }
 
     /// The RST that answers this packet for which there is no connection; none answers an RST.

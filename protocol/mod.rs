@@ -4,7 +4,7 @@
 //!
 //! Everything here is a function of its arguments: headers ([`header`]), addresses ([`cid`]), credit
 //! arithmetic ([`credit`]), what a packet does to a connection in a given state ([`connection`]) and what
-//! the device says on its event queue ([`event`]). There is no kernel type, no lock and no unsafe code, so
+//! the device says on its event queue ([`event`], [`update`]). There is no kernel type, no lock and no unsafe code, so
 //! the same files are built into the module and, by path, into a user-space crate where they are tested,
 //! fuzzed and model-checked.
 //!
@@ -19,6 +19,7 @@ pub mod connection;
 pub mod credit;
 pub mod event;
 pub mod header;
+pub mod update;
 
 /// The largest payload of one packet, in bytes (what Linux's vhost-vsock and virtio transports use).
 pub const MAX_PAYLOAD: u32 = 64 * 1024;
@@ -31,6 +32,8 @@ pub mod feature {
     pub const SEQPACKET: u32 = 1;
     /// `VIRTIO_VSOCK_F_NO_IMPLIED_STREAM`: stream sockets are not supported without their feature bit.
     pub const NO_IMPLIED_STREAM: u32 = 2;
+    /// `VIRTIO_VSOCK_F_CHECKPOINT`: the device can send updates of CIDs (Documentation/checkpoint.md).
+    pub const CHECKPOINT: u32 = 23;
 }
 
 /// The kinds of sockets that driver and device agreed on.

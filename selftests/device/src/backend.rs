@@ -4,7 +4,7 @@
 
 use std::io::{Read, Result, Write};
 use std::sync::atomic::Ordering;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
@@ -21,6 +21,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use crate::device::{lock, ForGuest, Queue, Shared, State};
 use crate::packet::Packet;
+use crate::update::set_rx_used;
 
 type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
 type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap<()>>>;
@@ -38,13 +39,26 @@ const MAX_QUEUE_SIZE: usize = 1024;
 
 /// The vhost-user backend of a device.
 pub(crate) struct Backend {
-    shared: Arc<Shared>,
+    /// The device that has the virtqueues at the moment.
+    device: Mutex<Arc<Shared>>,
     memory: Memory,
 }
 
 impl Backend {
-    pub(crate) fn new(shared: Arc<Shared>, memory: Memory) -> Self {
-        Self { shared, memory }
+    pub(crate) fn new(device: Arc<Shared>, memory: Memory) -> Self {
+        Self {
+            device: Mutex::new(device),
+            memory,
+        }
+    }
+
+    fn device(&self) -> Arc<Shared> {
+        lock(&self.device).clone()
+    }
+
+    /// Gives the virtqueues to another device.
+    pub(crate) fn set_device(&self, device: Arc<Shared>) {
+        *lock(&self.device) = device;
     }
 
     fn pop(&self, vring: &VringRwLock<Memory>) -> Option<Chain> {
@@ -93,11 +107,10 @@ impl Backend {
     }
 
     /// Takes packets from the guest.
-    fn process_tx(&self, vring: &VringRwLock<Memory>) -> bool {
+    fn process_tx(&self, device: &Arc<Shared>, vring: &VringRwLock<Memory>) -> bool {
         let mut used = false;
         loop {
-            if lock(&self.shared.state).hold_tx || self.shared.switch.is_congested_for(&self.shared)
-            {
+            if lock(&device.state).hold_tx || device.switch.is_congested_for(device) {
                 return used;
             }
             let Some(chain) = self.pop(vring) else {
@@ -114,29 +127,27 @@ impl Backend {
             used = true;
             if read.is_ok() {
                 if let Some(packet) = Packet::from_bytes(&bytes) {
-                    self.packet_from_guest(packet);
+                    packet_from_guest(device, packet);
                 }
             }
-        }
-    }
-
-    fn packet_from_guest(&self, packet: Packet) {
-        let manual = {
-            let mut state = lock(&self.shared.state);
-            state
-                .observers
-                .retain(|observer| observer.send(packet.clone()).is_ok());
-            state.manual
-        };
-        if !manual {
-            self.shared.switch.route(&self.shared, packet);
         }
     }
 
     /// Gives packets to the guest.
     fn process_rx(&self, vring: &VringRwLock<Memory>, state: &mut State) -> bool {
         let mut used = false;
-        while !state.hold_rx && !state.for_guest.is_empty() {
+        while !state.hold_rx && state.update_parts == 0 && !state.for_guest.is_empty() {
+            if let Some(ForGuest::Update(parts)) = state.for_guest.front_mut() {
+                let mut parts = std::mem::take(parts);
+                let rx_used = vring.get_ref().get_queue().next_used();
+                for part in &mut parts {
+                    set_rx_used(part, rx_used);
+                }
+                state.for_guest.pop_front();
+                state.update_parts = parts.len();
+                state.events.extend(parts);
+                continue;
+            }
             let Some(chain) = self.pop(vring) else {
                 break;
             };
@@ -147,7 +158,8 @@ impl Backend {
                 continue;
             };
             let (bytes, used_len) = match state.for_guest.pop_front() {
-                None => {
+                // It is none of these, as was looked at above.
+                None | Some(ForGuest::Update(_)) => {
                     self.unpop(vring);
                     break;
                 }
@@ -173,7 +185,12 @@ impl Backend {
     }
 
     /// Gives events to the guest; one without a buffer waits.
-    fn process_events(&self, vring: &VringRwLock<Memory>, state: &mut State) -> bool {
+    fn process_events(
+        &self,
+        device: &Shared,
+        vring: &VringRwLock<Memory>,
+        state: &mut State,
+    ) -> bool {
         let mut used = false;
         while !state.hold_events && !state.events.is_empty() {
             let Some(chain) = self.pop(vring) else {
@@ -187,23 +204,34 @@ impl Backend {
                 writer.write_all(&event[..len]).map_or(0, |()| len as u32)
             });
             let _ = vring.add_used(head, written);
+            if state.events.len() < state.update_parts {
+                state.update_parts -= 1;
+                if state.update_parts == 0 {
+                    // The packets behind it may go.
+                    device.wake();
+                }
+            }
             used = true;
         }
         used
     }
 
-    fn process_all(&self, vrings: &[VringRwLock<Memory>]) -> Result<()> {
-        let was_congested = self.shared.is_congested();
+    fn process_all(&self, device: &Arc<Shared>, vrings: &[VringRwLock<Memory>]) -> Result<()> {
+        if lock(&device.state).stopped {
+            return Ok(());
+        }
+        let was_congested = device.is_congested();
         loop {
             for vring in vrings {
                 let _ = vring.disable_notification();
             }
             let mut used = [false; QUEUES];
-            used[TX] = self.process_tx(&vrings[TX]);
+            let silent_events;
+            used[TX] = self.process_tx(device, &vrings[TX]);
             {
-                let mut state = lock(&self.shared.state);
+                let mut state = lock(&device.state);
                 used[RX] = self.process_rx(&vrings[RX], &mut state);
-                used[EVENT] = self.process_events(&vrings[EVENT], &mut state);
+                used[EVENT] = self.process_events(device, &vrings[EVENT], &mut state);
                 while let Some((queue, descriptor, len)) = state.forged_completions.pop_front() {
                     let queue = match queue {
                         Queue::Rx => RX,
@@ -213,12 +241,16 @@ impl Backend {
                     self.forge_completion(&vrings[queue], descriptor, len);
                     used[queue] = true;
                 }
+                silent_events = std::mem::take(&mut state.silent_events);
                 state.posted = (self.posted(&vrings[RX]), self.posted(&vrings[EVENT]));
                 state.started = true;
-                self.shared.changed.notify_all();
+                // What the guest had sent by now was taken.
+                state.stopped |= state.stopping;
+                device.changed.notify_all();
             }
-            for (vring, used) in vrings.iter().zip(used) {
-                if used && vring.needs_notification().unwrap_or(true) {
+            for (queue, vring) in vrings.iter().enumerate() {
+                let silent = queue == EVENT && silent_events;
+                if used[queue] && !silent && vring.needs_notification().unwrap_or(true) {
                     vring.signal_used_queue()?;
                 }
             }
@@ -228,14 +260,27 @@ impl Backend {
                 more |= vring.enable_notification().unwrap_or(false);
             }
             // Without progress, what is there waits for somebody else, who wakes this device.
-            if !more || used == [false; QUEUES] {
+            if !more || used == [false; QUEUES] || lock(&device.state).stopped {
                 break;
             }
         }
-        if was_congested && !self.shared.is_congested() {
-            self.shared.switch.wake_all();
+        if was_congested && !device.is_congested() {
+            device.switch.wake_all();
         }
         Ok(())
+    }
+}
+
+fn packet_from_guest(device: &Arc<Shared>, packet: Packet) {
+    let manual = {
+        let mut state = lock(&device.state);
+        state
+            .observers
+            .retain(|observer| observer.send(packet.clone()).is_ok());
+        state.manual
+    };
+    if !manual {
+        device.switch.route(device, packet);
     }
 }
 
@@ -256,11 +301,15 @@ impl VhostUserBackend for Backend {
             | (1 << VIRTIO_RING_F_EVENT_IDX)
             | (1 << VIRTIO_RING_F_INDIRECT_DESC)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
-            | self.shared.features
+            | self.device().features
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
-        VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::MQ
+        // QEMU wants the latter two for VIRTIO_F_ACCESS_PLATFORM.
+        VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::BACKEND_REQ
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -268,7 +317,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let config = self.shared.guest_cid().to_le_bytes();
+        let config = self.device().guest_cid().to_le_bytes();
         config
             .into_iter()
             .skip(offset as usize)
@@ -289,8 +338,9 @@ impl VhostUserBackend for Backend {
         vrings: &[VringRwLock<Memory>],
         _thread: usize,
     ) -> Result<()> {
+        let device = self.device();
         if device_event == WAKE {
-            self.shared.drain_wake();
+            device.drain_wake();
         }
         if vrings
             .iter()
@@ -299,6 +349,6 @@ impl VhostUserBackend for Backend {
             // The guest has not started the device yet, or has stopped it.
             return Ok(());
         }
-        self.process_all(vrings)
+        self.process_all(&device, vrings)
     }
 }

@@ -4,11 +4,17 @@
 //!
 //! - A program of the host connects to `<path>` and writes `CONNECT <port>\n`. When the guest's listener has accepted it
 //!   reads `OK <port of the host>\n`, and then the socket is the connection. Where nobody listens it is closed.
+//! - Where it writes `CHECKPOINT <port of the host> <port of the guest>\n` instead, it asks for the state of a connection
+//!   of its own. When the device has stopped, and all has been read from the connection's socket that the guest had sent,
+//!   it reads `STATE <length>\n` and so many bytes ([`ConnectionBlob`]). The connection's socket is closed then.
+//! - By `RESTORE <length>\n` and those bytes, written to the device that the guest has moved to and that has not begun,
+//!   it reads `OK <port of the host>\n`, and then the socket is the connection, as if nothing had happened.
+//! - Where something cannot be done it reads `REFUSED <reason>\n`.
 //! - A guest's connection to port P of CID 2 becomes one to `<path>_<P>`, and is refused where nobody listens there.
 //!
 //! Each connection has a thread for either direction, so that a slow one holds up nobody else.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -17,11 +23,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 
+use crate::blob::{self, ConnectionBlob};
 use crate::device::{lock, Shared};
 use crate::packet::{Op, Packet, SHUTDOWN_RCV, SHUTDOWN_SEND, TYPE_STREAM};
-use crate::HOST_CID;
+use crate::update::Tuple;
 
 /// Receive buffer of each connection, in bytes.
 const BUF_ALLOC: u32 = 256 * 1024;
@@ -50,6 +57,10 @@ pub struct Bridge {
 struct Connections {
     open: HashMap<Key, Arc<Connection>>,
     last_port: u32,
+    /// Whether the guest was told of the connections that were restored.
+    begun: bool,
+    /// Those that it has not answered.
+    unanswered: HashSet<Key>,
 }
 
 /// One connection.
@@ -73,10 +84,18 @@ struct ConnectionState {
     /// Payload of the guest that is not written yet.
     received: VecDeque<Vec<u8>>,
     received_bytes: usize,
+    /// Payload of the program that is not sent yet, for a migration came between.
+    unsent: VecDeque<u8>,
     /// `SHUTDOWN_*` of the guest.
     guest_shutdown: u32,
-    /// The host's program sends no more.
+    /// The host's program sends no more, and the guest was told.
     host_finished: bool,
+    /// The connection's state was asked for: nothing moves any more.
+    moving: bool,
+    /// The guest has not said yet that the connection goes on: nothing is sent to it.
+    held: bool,
+    /// How many threads move data.
+    pumps: u32,
 }
 
 impl ConnectionState {
@@ -147,16 +166,33 @@ impl Bridge {
         while line.len() < MAX_LINE && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
             line.push(byte[0]);
         }
-        let port: u32 = std::str::from_utf8(&line)?
-            .strip_prefix("CONNECT ")
-            .context("the first line is not CONNECT <port>")?
-            .trim()
-            .parse()?;
+        let line = std::str::from_utf8(&line)?.trim_end();
+        let answer = match line.split(' ').collect::<Vec<_>>()[..] {
+            ["CONNECT", port] => return self.request_of_host(stream, port.parse()?),
+            ["CHECKPOINT", host_port, guest_port] => {
+                self.checkpoint((guest_port.parse()?, host_port.parse()?), &mut stream)
+            }
+            ["RESTORE", len] => self.restore(&mut stream, len.parse()?),
+            _ => Err(anyhow::anyhow!("{line:?} is no request")),
+        };
+        if let Err(reason) = answer {
+            writeln!(stream, "REFUSED {reason:#}")?;
+        }
+        Ok(())
+    }
+
+    fn request_of_host(self: Arc<Self>, stream: UnixStream, port: u32) -> Result<()> {
         let connection = {
             let mut connections = lock(&self.connections);
-            let host_port = FIRST_PORT + connections.last_port;
-            connections.last_port = (connections.last_port + 1) % FIRST_PORT;
-            let connection = Connection::new((port, host_port), stream, ConnectionState::default());
+            // A connection that came from another device may have a port of this range.
+            let key = loop {
+                let host_port = FIRST_PORT + connections.last_port;
+                connections.last_port = (connections.last_port + 1) % FIRST_PORT;
+                if !connections.open.contains_key(&(port, host_port)) {
+                    break (port, host_port);
+                }
+            };
+            let connection = Connection::new(key, stream, ConnectionState::default());
             connections.open.insert(connection.key, connection.clone());
             connection
         };
@@ -168,9 +204,25 @@ impl Bridge {
         let Some(device) = self.device.upgrade() else {
             return;
         };
-        let fwd_cnt = lock(&connection.state).fwd_cnt;
+        let state = lock(&connection.state);
+        self.send_locked(&device, connection, &state, op, flags, payload);
+    }
+
+    /// Sends with the connection's state locked, so that no migration comes between.
+    fn send_locked(
+        &self,
+        device: &Shared,
+        connection: &Connection,
+        state: &ConnectionState,
+        op: Op,
+        flags: u32,
+        payload: Vec<u8>,
+    ) {
+        if state.moving || state.held {
+            return;
+        }
         device.send_to_guest(Packet {
-            src_cid: HOST_CID,
+            src_cid: device.host_cid,
             dst_cid: device.guest_cid(),
             src_port: connection.key.1,
             dst_port: connection.key.0,
@@ -178,7 +230,7 @@ impl Bridge {
             op,
             flags,
             buf_alloc: BUF_ALLOC,
-            fwd_cnt,
+            fwd_cnt: state.fwd_cnt,
             payload,
         });
     }
@@ -206,18 +258,181 @@ impl Bridge {
     /// Takes a packet of the guest.
     pub(crate) fn receive(self: &Arc<Self>, packet: Packet) {
         let key = (packet.src_port, packet.dst_port);
-        let connection = lock(&self.connections).open.get(&key).cloned();
+        let connection = {
+            let mut connections = lock(&self.connections);
+            connections.unanswered.remove(&key);
+            connections.open.get(&key).cloned()
+        };
         match (connection, packet.op) {
             (None, Op::REQUEST) if packet.socket_type == TYPE_STREAM => {
                 self.connect_to_host(&packet)
             }
             (None, _) => self.refuse(&packet),
             (Some(connection), op) => {
-                lock(&connection.state).note_credit(&packet);
+                {
+                    let mut state = lock(&connection.state);
+                    state.note_credit(&packet);
+                    // The first packet with the new addresses says that the connection goes on, or has ended.
+                    state.held = false;
+                }
                 self.receive_for(&connection, op, packet);
                 connection.changed.notify_all();
             }
         }
+    }
+
+    /// Takes a packet with the addresses of before the last migration: it was on its way.
+    pub(crate) fn receive_late(self: &Arc<Self>, packet: Packet) {
+        let key = (packet.src_port, packet.dst_port);
+        let connection = lock(&self.connections).open.get(&key).cloned();
+        match (connection, self.device.upgrade()) {
+            (Some(connection), _) if lock(&connection.state).held => {
+                lock(&connection.state).note_credit(&packet);
+                self.receive_for(&connection, packet.op, packet);
+                connection.changed.notify_all();
+            }
+            (None, Some(device)) if packet.op == Op::REQUEST => self.receive(Packet {
+                src_cid: device.guest_cid(),
+                dst_cid: device.host_cid,
+                ..packet
+            }),
+            _ => {}
+        }
+    }
+
+    /// Whether there are connections that the guest was told of and has not answered.
+    pub(crate) fn awaits_answers(&self) -> bool {
+        !lock(&self.connections).unanswered.is_empty()
+    }
+
+    /// The guest is told of no more connections.
+    pub(crate) fn begin(&self) {
+        lock(&self.connections).begun = true;
+    }
+
+    /// The connections that were restored here.
+    pub(crate) fn restored(&self, host_old_cid: u64, host_new_cid: u64) -> Vec<Tuple> {
+        let mut connections = lock(&self.connections);
+        connections.begun = true;
+        let held = |connection: &Arc<Connection>| lock(&connection.state).held;
+        let restored = connections.open.iter().filter(|(_, open)| held(open));
+        connections.unanswered = restored.map(|(key, _)| *key).collect();
+        connections
+            .unanswered
+            .iter()
+            .map(|(guest_port, host_port)| Tuple {
+                host_old_cid,
+                host_new_cid,
+                host_port: *host_port,
+                guest_port: *guest_port,
+                socket_type: TYPE_STREAM,
+            })
+            .collect()
+    }
+
+    /// Gives the state of a connection to its program, and forgets it.
+    fn checkpoint(&self, key: Key, stream: &mut UnixStream) -> Result<()> {
+        let device = self.device.upgrade().context("the device is gone")?;
+        device.wait_stopped();
+        let connection = lock(&self.connections).open.get(&key).cloned();
+        let connection = connection.with_context(|| {
+            let (guest_port, host_port) = key;
+            format!("there is no connection of port {host_port} to port {guest_port} of the guest")
+        })?;
+        ensure!(
+            lock(&connection.state).established,
+            "the guest has not accepted the connection yet"
+        );
+        lock(&connection.state).moving = true;
+        // The reading thread gets what the program has written, and then an end.
+        let _ = connection.stream.shutdown(Shutdown::Read);
+        connection.changed.notify_all();
+        connection.wait(|state| (state.pumps == 0).then_some(()));
+        lock(&self.connections).open.remove(&key);
+        let blob = {
+            let mut state = lock(&connection.state);
+            let mut unsent = device.take_payload_for_guest(key);
+            state.tx_cnt = state.tx_cnt.wrapping_sub(unsent.len() as u32);
+            unsent.extend(&state.unsent);
+            ConnectionBlob {
+                guest_cid: device.guest_cid(),
+                host_cid: device.host_cid,
+                guest_port: key.0,
+                host_port: key.1,
+                socket_type: TYPE_STREAM,
+                guest_shutdown: state.guest_shutdown,
+                host_shutdown: if state.host_finished {
+                    SHUTDOWN_SEND
+                } else {
+                    0
+                },
+                tx_cnt: state.tx_cnt,
+                fwd_cnt: state.fwd_cnt,
+                buf_alloc: BUF_ALLOC,
+                peer_buf_alloc: state.peer_buf_alloc,
+                peer_fwd_cnt: state.peer_fwd_cnt,
+                received: state.received.iter().flatten().copied().collect(),
+                unsent,
+                ..ConnectionBlob::default()
+            }
+            .to_bytes()
+        };
+        let _ = connection.stream.shutdown(Shutdown::Both);
+        writeln!(stream, "STATE {}", blob.len())?;
+        stream.write_all(&blob)?;
+        Ok(())
+    }
+
+    /// Takes the state of a connection from its program, which goes on by this socket.
+    fn restore(self: &Arc<Self>, stream: &mut UnixStream, len: usize) -> Result<()> {
+        ensure!(
+            len <= blob::MAX_LEN,
+            "the state has {len} bytes, more than {}",
+            blob::MAX_LEN
+        );
+        let mut bytes = vec![0; len];
+        stream.read_exact(&mut bytes).context("reading the state")?;
+        let blob = ConnectionBlob::parse(&bytes)?;
+        ensure!(
+            blob.socket_type == TYPE_STREAM && blob.buf_alloc <= BUF_ALLOC,
+            "this device has no such connections"
+        );
+        let key = (blob.guest_port, blob.host_port);
+        let received_bytes = blob.received.len();
+        let mut received = VecDeque::new();
+        if received_bytes > 0 {
+            received.push_back(blob.received);
+        }
+        let state = ConnectionState {
+            established: true,
+            held: true,
+            tx_cnt: blob.tx_cnt,
+            fwd_cnt: blob.fwd_cnt,
+            peer_buf_alloc: blob.peer_buf_alloc,
+            peer_fwd_cnt: blob.peer_fwd_cnt,
+            received,
+            received_bytes,
+            unsent: blob.unsent.into(),
+            guest_shutdown: blob.guest_shutdown,
+            host_finished: blob.host_shutdown & SHUTDOWN_SEND != 0,
+            ..ConnectionState::default()
+        };
+        let connection = Connection::new(key, stream.try_clone()?, state);
+        {
+            let mut connections = lock(&self.connections);
+            ensure!(
+                !connections.begun,
+                "the device has begun, the guest was told already"
+            );
+            ensure!(
+                !connections.open.contains_key(&key),
+                "the connection is here already"
+            );
+            connections.open.insert(key, connection.clone());
+        }
+        writeln!(stream, "OK {}", key.1)?;
+        self.pump(&connection);
+        Ok(())
     }
 
     fn connect_to_host(self: &Arc<Self>, packet: &Packet) {
@@ -275,45 +490,99 @@ impl Bridge {
 
     /// Starts moving data, both ways.
     fn pump(self: &Arc<Self>, connection: &Arc<Connection>) {
+        lock(&connection.state).pumps = 2;
         let (bridge, reading) = (self.clone(), connection.clone());
-        thread::spawn(move || bridge.pump_to_guest(&reading));
+        thread::spawn(move || {
+            bridge.pump_to_guest(&reading);
+            reading.pump_ended();
+        });
         let (bridge, writing) = (self.clone(), connection.clone());
-        thread::spawn(move || bridge.pump_to_host(&writing));
+        thread::spawn(move || {
+            bridge.pump_to_host(&writing);
+            writing.pump_ended();
+        });
     }
 
     fn pump_to_guest(&self, connection: &Connection) {
         let mut buffer = vec![0; MAX_PAYLOAD];
         loop {
-            let room = connection
-                .wait(|state| (state.reset || state.credit() > 0).then(|| state.credit()));
-            if lock(&connection.state).reset {
-                return;
-            }
-            let room = room.min(MAX_PAYLOAD);
-            match (&connection.stream).read(&mut buffer[..room]) {
-                Ok(0) | Err(_) => break,
-                Ok(len) => {
-                    let mut state = lock(&connection.state);
-                    state.tx_cnt = state.tx_cnt.wrapping_add(len as u32);
-                    drop(state);
-                    self.send(connection, Op::RW, 0, buffer[..len].to_vec());
+            // What waits here since a migration goes first.
+            let (room, waited) = connection.wait(|state| {
+                let room = if state.held { 0 } else { state.credit() };
+                (state.reset || state.moving || room > 0).then(|| {
+                    let room = room.min(MAX_PAYLOAD);
+                    let ready = if state.moving { 0 } else { room };
+                    let ready = ready.min(state.unsent.len());
+                    (room, state.unsent.drain(..ready).collect::<Vec<u8>>())
+                })
+            });
+            let has_waited = !waited.is_empty();
+            let mut payload = waited;
+            if !has_waited {
+                let (reset, moving, finished) = {
+                    let state = lock(&connection.state);
+                    (state.reset, state.moving, state.host_finished)
+                };
+                if reset {
+                    return;
+                }
+                // With the state asked for, all that the program has written goes into it.
+                let room = if moving { MAX_PAYLOAD } else { room };
+                match (&connection.stream).read(&mut buffer[..room]) {
+                    Ok(0) | Err(_) => {
+                        if !finished {
+                            self.host_has_finished(connection);
+                        }
+                        return;
+                    }
+                    Ok(len) => payload.extend(&buffer[..len]),
                 }
             }
-        }
-        let finished = {
+            let Some(device) = self.device.upgrade() else {
+                return;
+            };
             let mut state = lock(&connection.state);
-            state.host_finished = true;
-            state.reset
-        };
-        if !finished {
-            self.send(connection, Op::SHUTDOWN, SHUTDOWN_SEND, Vec::new());
+            if state.moving {
+                if has_waited {
+                    payload.extend(&state.unsent);
+                    state.unsent = payload.into();
+                } else {
+                    state.unsent.extend(payload);
+                }
+                continue;
+            }
+            state.tx_cnt = state.tx_cnt.wrapping_add(payload.len() as u32);
+            self.send_locked(&device, connection, &state, Op::RW, 0, payload);
         }
+    }
+
+    fn host_has_finished(&self, connection: &Connection) {
+        let Some(device) = self.device.upgrade() else {
+            return;
+        };
+        let mut state = lock(&connection.state);
+        // An end that came from asking for the state is none.
+        if !state.reset && !state.moving {
+            self.send_locked(
+                &device,
+                connection,
+                &state,
+                Op::SHUTDOWN,
+                SHUTDOWN_SEND,
+                Vec::new(),
+            );
+            state.host_finished = true;
+        }
+        drop(state);
         connection.changed.notify_all();
     }
 
     fn pump_to_host(&self, connection: &Connection) {
         loop {
             let payload = connection.wait(|state| {
+                if state.moving {
+                    return Some(None);
+                }
                 if let Some(payload) = state.received.pop_front() {
                     return Some(Some(payload));
                 }
@@ -340,13 +609,20 @@ impl Bridge {
                 self.send(connection, Op::CREDIT_UPDATE, 0, Vec::new());
             }
         }
+        if lock(&connection.state).moving {
+            return;
+        }
         let _ = connection.stream.shutdown(Shutdown::Write);
         // When neither end sends any more, the host has the last word.
         connection.wait(|state| {
             let both = state.host_finished || state.guest_shutdown == SHUTDOWN_RCV | SHUTDOWN_SEND;
-            (state.reset || both).then_some(())
+            (state.reset || state.moving || both).then_some(())
         });
-        if !lock(&connection.state).reset {
+        let goes_on = {
+            let state = lock(&connection.state);
+            state.reset || state.moving
+        };
+        if !goes_on {
             self.abort(connection);
         }
     }
@@ -360,6 +636,11 @@ impl Connection {
             state: Mutex::new(state),
             changed: Condvar::new(),
         })
+    }
+
+    fn pump_ended(&self) {
+        lock(&self.state).pumps -= 1;
+        self.changed.notify_all();
     }
 
     /// Ends the connection for its threads and for the host's program.

@@ -20,6 +20,8 @@ use crate::backend::{Backend, WAKE};
 use crate::bridge::Bridge;
 use crate::packet::Packet;
 use crate::switch::Switch;
+use crate::update::Update;
+use crate::HOST_CID;
 
 /// How many packets may wait for a guest before the switch takes no more from the others.
 const CONGESTED: usize = 512;
@@ -43,7 +45,9 @@ pub struct DeviceConfig {
     pub guest_cid: u64,
     /// Path of the host's Unix sockets; see [`Bridge`].
     pub uds_path: Option<PathBuf>,
-    /// Device feature bits to offer besides those of virtio itself: `VIRTIO_VSOCK_F_*`.
+    /// The host's CID.
+    pub host_cid: u64,
+    /// Feature bits to offer besides those of the rings: `VIRTIO_VSOCK_F_*`, and others of virtio.
     pub features: u64,
 }
 
@@ -54,6 +58,7 @@ impl DeviceConfig {
             socket: socket.into(),
             guest_cid,
             uds_path: None,
+            host_cid: HOST_CID,
             features: 0b11,
         }
     }
@@ -67,7 +72,7 @@ pub enum Queue {
     Event,
 }
 
-/// Bytes for the guest's receive queue.
+/// What goes to the guest in the receive queue, or waits for it to go there.
 pub(crate) enum ForGuest {
     /// A packet, split where a buffer is smaller.
     Packet(Packet),
@@ -76,6 +81,8 @@ pub(crate) enum ForGuest {
         bytes: Vec<u8>,
         used_len: Option<u32>,
     },
+    /// The events of an update, which is made available before the packets behind it.
+    Update(Vec<Vec<u8>>),
 }
 
 /// What device and test share.
@@ -84,14 +91,26 @@ pub(crate) struct State {
     pub(crate) guest_cid: u64,
     pub(crate) for_guest: VecDeque<ForGuest>,
     pub(crate) events: VecDeque<Vec<u8>>,
+    /// How many of `events`, the last ones, are parts of an update that packets wait for.
+    pub(crate) update_parts: usize,
     /// Used entries that nobody asked for: queue, descriptor, length.
     pub(crate) forged_completions: VecDeque<(Queue, u16, u32)>,
     pub(crate) hold_rx: bool,
     pub(crate) hold_tx: bool,
     pub(crate) hold_events: bool,
+    /// Events are made available, and the driver is not notified of them.
+    pub(crate) silent_events: bool,
     /// Whether packets of the guest go to the observers only.
     pub(crate) manual: bool,
     pub(crate) observers: Vec<Sender<Packet>>,
+    /// The device is to take what the guest has sent, and then to stop.
+    pub(crate) stopping: bool,
+    /// The device uses no buffer any more.
+    pub(crate) stopped: bool,
+    /// The addresses that packets of the guest may have that were on their way at the last migration.
+    pub(crate) before: Option<Addresses>,
+    /// Which migration this is.
+    pub(crate) generation: u32,
     /// Buffers that the driver has posted and the device not used: receive queue, event queue.
     pub(crate) posted: (u16, u16),
     pub(crate) started: bool,
@@ -103,22 +122,56 @@ pub(crate) struct Shared {
     pub(crate) changed: Condvar,
     pub(crate) switch: Arc<Switch>,
     pub(crate) features: u64,
-    wake: EventFd,
+    pub(crate) host_cid: u64,
+    /// Wakes the thread of the virtqueues, where the device has some.
+    wake: Mutex<Option<EventFd>>,
     bridge: OnceLock<Arc<Bridge>>,
+}
+
+/// CIDs of the guest and of the host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Addresses {
+    pub guest_cid: u64,
+    pub host_cid: u64,
 }
 
 impl Shared {
     pub(crate) fn wake(&self) {
-        // It fails only where the counter is about to overflow, and then the device is awake.
-        let _ = self.wake.write(1);
+        if let Some(wake) = &*lock(&self.wake) {
+            // It fails only where the counter is about to overflow, and then the device is awake.
+            let _ = wake.write(1);
+        }
     }
 
     pub(crate) fn drain_wake(&self) {
-        let _ = self.wake.read();
+        if let Some(wake) = &*lock(&self.wake) {
+            let _ = wake.read();
+        }
+    }
+
+    /// Waits until the device has stopped.
+    pub(crate) fn wait_stopped(&self) {
+        let mut state = lock(&self.state);
+        while !state.stopped {
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(|poisoned| poisoned.into_inner());
+        }
     }
 
     pub(crate) fn guest_cid(&self) -> u64 {
         lock(&self.state).guest_cid
+    }
+
+    /// The present addresses, and those of before the last migration.
+    pub(crate) fn addresses(&self) -> (Addresses, Option<Addresses>) {
+        let state = lock(&self.state);
+        let now = Addresses {
+            guest_cid: state.guest_cid,
+            host_cid: self.host_cid,
+        };
+        (now, state.before)
     }
 
     pub(crate) fn bridge(&self) -> Option<Arc<Bridge>> {
@@ -127,6 +180,24 @@ impl Shared {
 
     pub(crate) fn is_congested(&self) -> bool {
         lock(&self.state).for_guest.len() >= CONGESTED
+    }
+
+    /// Takes back the payload of a connection of the host, by the guest's and the host's port, that the guest has not
+    /// got, and throws away its other packets.
+    pub(crate) fn take_payload_for_guest(&self, (guest_port, host_port): (u32, u32)) -> Vec<u8> {
+        let mut payload = Vec::new();
+        lock(&self.state).for_guest.retain(|waiting| match waiting {
+            ForGuest::Packet(packet)
+                if packet.dst_port == guest_port
+                    && packet.src_port == host_port
+                    && packet.src_cid == self.host_cid =>
+            {
+                payload.extend(&packet.payload);
+                false
+            }
+            _ => true,
+        });
+        payload
     }
 
     pub(crate) fn send_to_guest(&self, packet: Packet) {
@@ -140,6 +211,8 @@ impl Shared {
 /// A device that serves one guest. Dropping it ends it.
 pub struct Device {
     shared: Arc<Shared>,
+    /// `None` where another device has the virtqueues, or had them first.
+    backend: Option<Arc<Backend>>,
     serving: Option<JoinHandle<()>>,
     socket: PathBuf,
 }
@@ -147,6 +220,19 @@ pub struct Device {
 impl Device {
     /// Starts a device; QEMU can connect when this returns.
     pub fn start(config: DeviceConfig, switch: Arc<Switch>) -> Result<Self> {
+        let mut this = Self::without_queues(config, switch)?;
+        this.serve()?;
+        Ok(this)
+    }
+
+    /// Makes a device that gets its virtqueues from another one, by [`Device::hand_over`]. It is stopped until then.
+    pub fn destination(config: DeviceConfig, switch: Arc<Switch>) -> Result<Self> {
+        let this = Self::without_queues(config, switch)?;
+        lock(&this.shared.state).stopped = true;
+        Ok(this)
+    }
+
+    fn without_queues(config: DeviceConfig, switch: Arc<Switch>) -> Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 guest_cid: config.guest_cid,
@@ -155,7 +241,8 @@ impl Device {
             changed: Condvar::new(),
             switch,
             features: config.features,
-            wake: EventFd::new(libc_nonblock()).context("making an eventfd")?,
+            host_cid: config.host_cid,
+            wake: Mutex::new(None),
             bridge: OnceLock::new(),
         });
         shared.switch.connect(config.guest_cid, &shared);
@@ -165,21 +252,36 @@ impl Device {
             let _ = shared.bridge.set(bridge);
         }
 
+        Ok(Self {
+            shared,
+            backend: None,
+            serving: None,
+            socket: config.socket,
+        })
+    }
+
+    /// Takes virtqueues from QEMU.
+    fn serve(&mut self) -> Result<()> {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
-        let backend = Arc::new(Backend::new(shared.clone(), memory.clone()));
-        let mut daemon = VhostUserDaemon::new("vsock-device".to_owned(), backend, memory)
-            .map_err(|error| anyhow::anyhow!("starting the vhost-user backend: {error}"))?;
+        let backend = Arc::new(Backend::new(self.shared.clone(), memory.clone()));
+        let mut daemon =
+            VhostUserDaemon::new("vsock-device".to_owned(), backend.clone(), memory)
+                .map_err(|error| anyhow::anyhow!("starting the vhost-user backend: {error}"))?;
+        let wake = EventFd::new(libc_nonblock()).context("making an eventfd")?;
         for handler in daemon.get_epoll_handlers() {
             use std::os::fd::AsRawFd;
             handler
-                .register_listener(shared.wake.as_raw_fd(), EventSet::IN, WAKE.into())
+                .register_listener(wake.as_raw_fd(), EventSet::IN, WAKE.into())
                 .context("watching the device's eventfd")?;
         }
-        let mut listener = Listener::new(&config.socket, true).map_err(|error| {
-            anyhow::anyhow!("listening on {}: {error}", config.socket.display())
-        })?;
+        *lock(&self.shared.wake) = Some(wake);
+        if let Some(bridge) = self.shared.bridge() {
+            bridge.begin();
+        }
+        let mut listener = Listener::new(&self.socket, true)
+            .map_err(|error| anyhow::anyhow!("listening on {}: {error}", self.socket.display()))?;
         let serving = std::thread::Builder::new()
-            .name(format!("vsock-device-{}", config.guest_cid))
+            .name(format!("vsock-device-{}", self.shared.guest_cid()))
             .spawn(move || {
                 if let Err(error) = daemon.start(&mut listener) {
                     eprintln!("vsock-device: {error}");
@@ -189,11 +291,66 @@ impl Device {
                 let _ = daemon.wait();
             })
             .context("starting the device's thread")?;
-        Ok(Self {
-            shared,
-            serving: Some(serving),
-            socket: config.socket,
-        })
+        self.serving = Some(serving);
+        self.backend = Some(backend);
+        Ok(())
+    }
+
+    /// Takes what the guest has sent and stops, for [`Device::hand_over`]. The guest has everything of an earlier
+    /// migration before.
+    pub fn stop(&self, limit: Duration) -> Result<()> {
+        let settled = |state: &State| {
+            let unanswered = self
+                .shared
+                .bridge()
+                .is_some_and(|bridge| bridge.awaits_answers());
+            state.events.is_empty() && state.update_parts == 0 && !unanswered
+        };
+        self.wait_until("the guest to answer the last migration", limit, settled)?;
+        self.change(|state| state.stopping = true);
+        self.wait_until("the device to stop", limit, |state| state.stopped)
+    }
+
+    /// Gives the virtqueues of a [stopped](Device::stop) device to another one. The guest is told of the connections that
+    /// were restored there, and goes on with these.
+    pub fn hand_over(mut self, to: &mut Device) {
+        let backend = self.backend.take();
+        let (before, generation) = {
+            let state = lock(&self.shared.state);
+            let before = Addresses {
+                guest_cid: state.guest_cid,
+                host_cid: self.shared.host_cid,
+            };
+            (before, state.generation.wrapping_add(1))
+        };
+        if let Some(bridge) = self.shared.bridge() {
+            bridge.forget_all();
+        }
+        *lock(&to.shared.wake) = lock(&self.shared.wake).take();
+        to.serving = self.serving.take();
+        to.socket.clone_from(&self.socket);
+        let tuples = to.shared.bridge().map_or_else(Vec::new, |bridge| {
+            bridge.restored(before.host_cid, to.shared.host_cid)
+        });
+        let update = Update {
+            generation,
+            old_guest_cid: before.guest_cid,
+            new_guest_cid: to.shared.guest_cid(),
+            tuples,
+        };
+        {
+            let mut state = lock(&to.shared.state);
+            state.before = Some(before);
+            state.generation = generation;
+            state
+                .for_guest
+                .push_back(ForGuest::Update(update.to_events()));
+        }
+        if let Some(backend) = &backend {
+            backend.set_device(to.shared.clone());
+        }
+        to.backend = backend;
+        to.change(|state| state.stopped = false);
     }
 
     /// Waits until QEMU has gone.
@@ -299,6 +456,30 @@ impl Device {
         self.shared.switch.connect(cid, &self.shared);
     }
 
+    /// Lets listed connections go on by other addresses: the configuration space first, then the update, then all packets
+    /// that are sent from now on.
+    pub fn update_cids(&self, update: &Update) {
+        self.set_guest_cid(update.new_guest_cid);
+        self.send_update_parts(update.to_events());
+    }
+
+    /// Like [`update_cids`](Device::update_cids), but the driver is not notified of the event: it finds it when it
+    /// receives a packet.
+    pub fn update_cids_silently(&self, update: &Update) {
+        self.set_guest_cid(update.new_guest_cid);
+        self.change(|state| {
+            state
+                .for_guest
+                .push_back(ForGuest::Update(update.to_events()));
+            state.silent_events = true;
+        });
+    }
+
+    /// Sends parts of an update, as they are but for `rx_used`.
+    pub fn send_update_parts(&self, parts: Vec<Vec<u8>>) {
+        self.change(|state| state.for_guest.push_back(ForGuest::Update(parts)));
+    }
+
     /// Ends all connections and gives the guest another CID, or the same: the configuration space first, then the event.
     pub fn transport_reset(&self, cid: u64) {
         self.set_guest_cid(cid);
@@ -306,6 +487,19 @@ impl Device {
             bridge.forget_all();
         }
         self.send_event(EVENT_TRANSPORT_RESET.to_le_bytes().to_vec());
+    }
+
+    /// Ends all connections like [`transport_reset`](Device::transport_reset), and makes a packet of after that available
+    /// first: the driver is notified of the packet only.
+    pub fn transport_reset_behind(&self, packet: Packet, cid: u64) {
+        self.set_guest_cid(cid);
+        self.change(|state| {
+            state.for_guest.push_back(ForGuest::Packet(packet));
+            state
+                .events
+                .push_back(EVENT_TRANSPORT_RESET.to_le_bytes().to_vec());
+            state.silent_events = true;
+        });
     }
 
     /// Buffers that the driver has posted and the device has not used: receive queue, event queue.

@@ -12,19 +12,24 @@
 //! | [`packet`] | a packet, to and from bytes |
 //! | [`device`] | the handle that tests hold: inject, observe, hold back, reset |
 //! | [`backend`] | the virtqueues, as QEMU's frontend drives them |
+//! | [`update`] | the event that says which connections go on after a migration |
 //! | [`switch`] | which packet goes where |
+//! | [`blob`] | the host's end of a connection as bytes, for another device |
 //! | [`bridge`] | the host's side of connections, on Unix sockets |
 
 pub mod backend;
+pub mod blob;
 pub mod bridge;
 pub mod device;
 pub mod packet;
 pub mod switch;
+pub mod update;
 
 pub use bridge::Bridge;
 pub use device::{Device, DeviceConfig};
 pub use packet::{Op, Packet};
 pub use switch::Switch;
+pub use update::{Tuple, Update};
 
 /// The host's CID.
 pub const HOST_CID: u64 = 2;

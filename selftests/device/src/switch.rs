@@ -5,9 +5,8 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 
-use crate::device::{lock, Shared};
+use crate::device::{lock, Addresses, Shared};
 use crate::packet::{Op, Packet};
-use crate::HOST_CID;
 
 /// The devices that reach each other, by their guests' CIDs.
 #[derive(Default)]
@@ -55,14 +54,24 @@ impl Switch {
     ///
     /// A packet from a CID that is not the guest's is dropped; one to a CID that nobody has is answered with RST.
     pub(crate) fn route(&self, from: &Arc<Shared>, packet: Packet) {
-        if packet.src_cid != from.guest_cid() {
-            return;
-        }
-        if packet.dst_cid == HOST_CID {
+        let (now, before) = from.addresses();
+        let is_of = |addresses: Addresses| {
+            packet.src_cid == addresses.guest_cid && packet.dst_cid == addresses.host_cid
+        };
+        if is_of(now) {
             match from.bridge() {
                 Some(bridge) => bridge.receive(packet),
                 None => refuse(from, &packet),
             }
+            return;
+        }
+        if before.is_some_and(is_of) {
+            if let Some(bridge) = from.bridge() {
+                bridge.receive_late(packet);
+            }
+            return;
+        }
+        if packet.src_cid != now.guest_cid {
             return;
         }
         let to = lock(&self.devices)
