@@ -13,6 +13,8 @@ use serde_json::{json, Value};
 use crate::observe;
 use crate::pattern;
 use crate::sys::{self, End};
+use crate::waiting;
+use crate::zerocopy;
 
 /// How much a pattern is sent or received by one system call, in bytes.
 const PATTERN_PART: usize = 64 * 1024;
@@ -57,10 +59,24 @@ struct Receive {
 }
 
 #[derive(Deserialize)]
+struct Way {
+    fd: RawFd,
+    way: String,
+    #[serde(default)]
+    len: usize,
+}
+
+#[derive(Deserialize)]
 struct Pattern {
     fd: RawFd,
     seed: u64,
     len: u64,
+}
+
+#[derive(Deserialize)]
+struct Small {
+    fd: RawFd,
+    count: u64,
 }
 
 #[derive(Deserialize)]
@@ -101,6 +117,13 @@ struct Redirect {
 }
 
 #[derive(Deserialize)]
+struct WriteWithFault {
+    path: String,
+    text: String,
+    nth: u32,
+}
+
+#[derive(Deserialize)]
 struct Script {
     script: String,
 }
@@ -113,6 +136,14 @@ fn params<T: DeserializeOwned>(params: &Value) -> Result<T> {
 pub fn call(method: &str, given: &Value) -> Result<Value> {
     Ok(match method {
         "socket" => json!(sys::socket(params::<Socket>(given)?.kind)?),
+        "socket_in_new_namespace" => {
+            json!(sys::socket_in_new_namespace(params::<Socket>(given)?.kind)?)
+        }
+        "write_with_fault" => {
+            let WriteWithFault { path, text, nth } = params(given)?;
+            json!(sys::write_with_fault(&path, &text, nth)?)
+        }
+        "uevent_socket" => json!(observe::uevent_socket()?),
         "bind" => {
             let FdAddress { fd, cid, port } = params(given)?;
             json!(sys::bind(fd, cid, port)?)
@@ -150,6 +181,19 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
             bytes.truncate(len);
             json!(bytes)
         }
+        "receive_by" => {
+            let Way { fd, way, len } = params(given)?;
+            json!(waiting::receive(fd, &way, len)?)
+        }
+        "send_by" => {
+            let Way { fd, way, .. } = params(given)?;
+            json!(waiting::send_until_error(fd, &way)?)
+        }
+        "send_zero_copy" => {
+            let Small { fd, count } = params(given)?;
+            json!(zerocopy::send_what_fits(fd, count as usize)?)
+        }
+        "zero_copy_completions" => json!(zerocopy::completions(params::<Fd>(given)?.fd)?),
         "packet_socket" => {
             let Interface { interface } = params(given)?;
             json!(observe::packet_socket(&interface)?)
@@ -159,6 +203,7 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
             let Redirect { from, to } = params(given)?;
             json!(observe::redirect(from, to)?)
         }
+        "send_small" => send_small(&params(given)?)?,
         "send_pattern" => send_pattern(&params(given)?)?,
         "recv_pattern" => recv_pattern(&params(given)?)?,
         "shutdown" => {
@@ -214,6 +259,14 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
         "sh" => run_script(&params::<Script>(given)?.script)?,
         _ => bail!("no method {method:?}"),
     })
+}
+
+/// Sends one byte, many times.
+fn send_small(wanted: &Small) -> Result<Value> {
+    for _ in 0..wanted.count {
+        sys::send(wanted.fd, b"s", 0)?;
+    }
+    Ok(json!(wanted.count))
 }
 
 /// Sends all of a pattern.

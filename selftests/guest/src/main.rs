@@ -11,6 +11,8 @@ mod calls;
 mod observe;
 mod pattern;
 mod sys;
+mod waiting;
+mod zerocopy;
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Write};
@@ -29,15 +31,22 @@ struct Request {
 }
 
 fn main() -> Result<()> {
-    let path = std::env::args()
-        .nth(1)
-        .context("usage: vsock-guest-agent PORT, the device of a virtio port")?;
+    let mut words: Vec<String> = std::env::args().skip(1).collect();
+    // On a serial port what comes before the agent listens is lost, so there it says when it does.
+    let announce = words.first().is_some_and(|word| word == "--announce");
+    let path = words
+        .drain(usize::from(announce)..)
+        .next()
+        .context("usage: vsock-guest-agent [--announce] PORT, the device of a port")?;
     let port = OpenOptions::new()
         .read(true)
         .write(true)
         .open(&path)
         .with_context(|| format!("opening {path}"))?;
     let answers = Arc::new(Mutex::new(port.try_clone()?));
+    if announce {
+        writeln!(&port, "{}", json!({"ready": true})).context("saying that the agent is ready")?;
+    }
     for line in BufReader::new(port).lines() {
         let line = line.context("reading a request")?;
         let request: Request =

@@ -173,3 +173,23 @@ pub fn redirect(from: RawFd, to: RawFd) -> Result<()> {
     add_to_sockmap(targets, to)?;
     add_to_sockmap(sources, from)
 }
+
+/// A socket that receives the kernel's uevents.
+pub fn uevent_socket() -> Result<RawFd> {
+    // SAFETY: No pointers.
+    let fd = check(unsafe {
+        libc::socket(
+            libc::AF_NETLINK,
+            libc::SOCK_DGRAM | libc::SOCK_CLOEXEC,
+            libc::NETLINK_KOBJECT_UEVENT,
+        )
+    })?;
+    // SAFETY: All-zero is a valid address.
+    let mut address: libc::sockaddr_nl = unsafe { std::mem::zeroed() };
+    address.nl_family = libc::AF_NETLINK as u16;
+    address.nl_groups = 1;
+    let len = std::mem::size_of_val(&address) as libc::socklen_t;
+    // SAFETY: The address is valid and as long as it is said to be.
+    check(unsafe { libc::bind(fd, (&raw const address).cast(), len) })?;
+    Ok(fd)
+}

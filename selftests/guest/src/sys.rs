@@ -2,7 +2,8 @@
 
 //! System calls of AF_VSOCK, with the errors as they come.
 
-use std::io;
+use std::fs::OpenOptions;
+use std::io::{self, Read, Write};
 use std::mem::{size_of, zeroed};
 use std::os::fd::RawFd;
 
@@ -82,6 +83,36 @@ const ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::soc
 pub fn socket(kind: libc::c_int) -> io::Result<RawFd> {
     // SAFETY: No pointers.
     check(unsafe { libc::socket(libc::AF_VSOCK, kind | libc::SOCK_CLOEXEC, 0) })
+}
+
+/// Writes to a file while the kernel lets the `nth` allocation for this write fail. Returns the error's name, where there
+/// was one, and whether there were so many allocations at all.
+pub fn write_with_fault(path: &str, text: &str, nth: u32) -> io::Result<(Option<String>, bool)> {
+    let mut file = OpenOptions::new().write(true).open(path)?;
+    // It cannot be sought in, and opening it takes memory, so it is opened before for each use.
+    let fail_nth = "/proc/thread-self/fail-nth";
+    let mut arm = OpenOptions::new().write(true).open(fail_nth)?;
+    let mut look = OpenOptions::new().read(true).open(fail_nth)?;
+    let mut disarm = OpenOptions::new().write(true).open(fail_nth)?;
+    let mut left = [0; 16];
+    arm.write_all(nth.to_string().as_bytes())?;
+    let written = file.write_all(text.as_bytes());
+    let len = look.read(&mut left)?;
+    disarm.write_all(b"0")?;
+    let error = written.err().map(|error| describe(&error.into()));
+    Ok((error, left[..len].trim_ascii() == b"0"))
+}
+
+/// A socket in a new network namespace, in which nothing but it is.
+pub fn socket_in_new_namespace(kind: libc::c_int) -> io::Result<RawFd> {
+    let in_new_namespace = move || {
+        // SAFETY: No pointers; it concerns this thread only.
+        check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
+        socket(kind)
+    };
+    std::thread::spawn(in_new_namespace)
+        .join()
+        .unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
 }
 
 pub fn bind(fd: RawFd, cid: u32, port: u32) -> io::Result<()> {

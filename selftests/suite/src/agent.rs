@@ -43,11 +43,15 @@ type Answer = Result<Value, String>;
 
 type Waiting = Arc<Mutex<HashMap<u64, Sender<Answer>>>>;
 
+/// The id under which an agent's announcement is waited for; no call has it.
+const READY: u64 = 0;
+
 /// The agent in a machine. Calls may run side by side.
 pub struct Agent {
     port: Mutex<UnixStream>,
     waiting: Waiting,
     next_id: AtomicU64,
+    ready: Mutex<Pending>,
 }
 
 /// A call that was begun.
@@ -59,6 +63,11 @@ pub struct Pending {
 impl Pending {
     /// Waits for the result.
     pub fn wait<T: DeserializeOwned>(self, limit: Duration) -> Result<T, CallError> {
+        let value = self.wait_for(limit)?;
+        serde_json::from_value(value).map_err(|error| CallError::Lost(error.into()))
+    }
+
+    fn wait_for(&self, limit: Duration) -> Result<Value, CallError> {
         let answer = self.answer.recv_timeout(limit).map_err(|error| {
             CallError::Lost(match error {
                 RecvTimeoutError::Timeout => {
@@ -69,8 +78,7 @@ impl Pending {
                 }
             })
         })?;
-        let value = answer.map_err(CallError::Errno)?;
-        serde_json::from_value(value).map_err(|error| CallError::Lost(error.into()))
+        answer.map_err(CallError::Errno)
     }
 
     /// That the call does not end for a while.
@@ -104,6 +112,12 @@ impl Agent {
             }
         };
         let waiting = Waiting::default();
+        let (sender, answer) = channel();
+        lock(&waiting).insert(READY, sender);
+        let ready = Pending {
+            what: "the agent to be ready".to_owned(),
+            answer,
+        };
         let (answers, reader) = (waiting.clone(), port.try_clone()?);
         std::thread::spawn(move || {
             for line in BufReader::new(reader).lines().map_while(Result::ok) {
@@ -115,13 +129,18 @@ impl Agent {
         Ok(Self {
             port: Mutex::new(port),
             waiting,
-            next_id: AtomicU64::new(0),
+            next_id: AtomicU64::new(READY + 1),
+            ready: Mutex::new(ready),
         })
     }
 
-    /// Waits until the agent answers.
-    pub fn wait_ready(&self, limit: Duration) -> Result<()> {
-        sh_ok(self, "true", limit)?;
+    /// Waits until the agent answers; of one that announces itself, until it has.
+    pub fn wait_ready(&self, announces: bool, limit: Duration) -> Result<()> {
+        if announces {
+            lock(&self.ready).wait_for(limit)?;
+        } else {
+            sh_ok(self, "true", limit)?;
+        }
         Ok(())
     }
 
@@ -155,8 +174,10 @@ fn deliver(line: &str, waiting: &Waiting) {
     let Ok(mut answer) = serde_json::from_str::<Value>(line) else {
         return;
     };
-    let Some(id) = answer["id"].as_u64() else {
-        return;
+    let id = match answer["id"].as_u64() {
+        Some(id) => id,
+        None if answer["ready"] == true => READY,
+        None => return,
     };
     let result = match answer.get("error").and_then(Value::as_str) {
         Some(error) => Err(error.to_owned()),

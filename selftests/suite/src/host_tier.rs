@@ -4,7 +4,8 @@
 //! of this project.
 //!
 //! One boot of a host and of a guest on it serves all tests. `vsock_test` runs in both, once with the guest as server
-//! and once as client; each of its tests is one result of ours, in either role. The kernel logs of host and guest, and
+//! and once as client; each of its tests is one result of ours, in either role. `vsock_diag_test` and `vsock_uring_test`
+//! are one result each. The kernel logs of host and guest, and
 //! the removal of the driver afterwards, are results of their own.
 
 mod nested;
@@ -24,7 +25,7 @@ use crate::machine::{faults, Env};
 use crate::Driver;
 use nested::{GuestSpec, NestedGuest, NestedHost, HOST_ADDRESS};
 pub use throughput::bench;
-use upstream::{parse_list, parse_output, verdict, Role, Sayings, UpstreamTest, Verdict};
+use upstream::{parse_list, parse_output, verdict, Role, Said, Sayings, UpstreamTest, Verdict};
 
 /// How long one run of all of upstream's tests may take. It takes 10 s when nothing else runs.
 const RUN_LIMIT: Duration = Duration::from_secs(240);
@@ -50,6 +51,13 @@ const HOST_KERNEL_LOG: &str = "host_tier::host_kernel_log";
 const GUEST_KERNEL_LOG: &str = "host_tier::guest_kernel_log";
 const DRIVER_REMOVAL: &str = "host_tier::driver_removal";
 
+/// Upstream's other programs, which run all of their tests. The first wants that no other socket is there.
+const OTHER_PROGRAMS: [&str; 2] = ["vsock_diag_test", "vsock_uring_test"];
+
+fn other_name(program: &str, role: Role) -> String {
+    format!("host_tier::{role}::{program}")
+}
+
 /// What to run.
 pub struct Options<'a> {
     /// The guest's driver.
@@ -73,6 +81,9 @@ pub enum Outcome {
 pub fn list(env: &Env) -> Result<Vec<String>> {
     let tests = upstream_tests(env)?;
     let mut names = Vec::new();
+    for role in Role::BOTH {
+        names.extend(OTHER_PROGRAMS.map(|program| other_name(program, role)));
+    }
     for role in Role::BOTH {
         names.extend(tests.iter().map(|test| test.full_name(role)));
     }
@@ -117,6 +128,15 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
     let dir = env.run_dir("host_tier")?;
     let mut host = NestedHost::boot(env, &[spec], &dir)?;
     let guest = host.start_guest(spec)?;
+
+    for program in OTHER_PROGRAMS {
+        for role in Role::BOTH {
+            let name = other_name(program, role);
+            if (options.wanted)(&name) {
+                report(&name, run_other(&host.machine.agent, &guest, role, program));
+            }
+        }
+    }
 
     let mut failures: BTreeMap<(Role, u32), Vec<String>> = BTreeMap::new();
     'rounds: for round in 1..=options.repeat {
@@ -250,15 +270,46 @@ fn run_pair(
     ids: &[u32],
     peer_port: u32,
 ) -> PairSaid {
+    let picked: Vec<String> = ids.iter().map(|id| format!("--pick {id}")).collect();
+    run_program(
+        host,
+        guest,
+        role,
+        "vsock_test",
+        peer_port,
+        &picked.join(" "),
+    )
+}
+
+/// Runs all tests of another program of upstream's.
+fn run_other(host: &Agent, guest: &NestedGuest, role: Role, program: &str) -> Outcome {
+    let said = run_program(host, guest, role, program, FIRST_PEER_PORT, "");
+    let are_ok = |said: &Sayings| !said.is_empty() && said.values().all(|said| *said == Said::Ok);
+    if are_ok(&said.host) && are_ok(&said.guest) && said.host.len() == said.guest.len() {
+        return Outcome::Passed;
+    }
+    Outcome::Failed(format!(
+        "host: {:?}\nguest: {:?}{}",
+        said.host, said.guest, said.trouble
+    ))
+}
+
+/// Runs a program of upstream's on both sides.
+fn run_program(
+    host: &Agent,
+    guest: &NestedGuest,
+    role: Role,
+    program: &str,
+    peer_port: u32,
+    arguments: &str,
+) -> PairSaid {
     let port = match role {
         Role::GuestServer => guest.spec.forwarded_port(),
         Role::GuestClient => guest.spec.host_port(),
     };
-    let ids = ids.iter().map(u32::to_string).collect::<Vec<_>>();
-    let picked = ids.join(" --pick ");
     let command = |mode: &str, peer_cid: u32| {
         format!(
-            "vsock_test --mode={mode} --control-port={port} --peer-cid={peer_cid} --peer-port={peer_port} --pick {picked}"
+            "{program} --mode={mode} --control-port={port} --peer-cid={peer_cid} --peer-port={peer_port} {arguments}"
         )
     };
     let guest_cid = guest.spec.cid;
@@ -293,7 +344,7 @@ fn run_pair(
             if tests.is_empty() {
                 let (status, output) = (ended.status, ended.output.trim());
                 said.trouble.push_str(&format!(
-                    "\n{name}: vsock_test ended with status {status}: {output}"
+                    "\n{name}: {program} ended with status {status}: {output}"
                 ));
             }
             Some(tests)

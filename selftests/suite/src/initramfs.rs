@@ -25,8 +25,23 @@ mount -t debugfs debugfs /sys/kernel/debug
 for module in $(cat /modules/order); do
     insmod /modules/$module || echo "init: loading $module failed" >/dev/kmsg
 done
+for word in $(cat /proc/cmdline); do
+    case $word in
+    agent_port=*)
+        port=/dev/${word#agent_port=}
+        stty -F $port raw -echo
+        vsock-guest-agent --announce $port
+        ;;
+    esac
+done
 for port in /sys/class/virtio-ports/*; do
-    [ "$(cat $port/name)" = agent ] && vsock-guest-agent /dev/${port##*/}
+    [ "$(cat $port/name)" = agent ] || continue
+    if [ -x /usr/lib/systemd/systemd ]; then
+        # It has to be this process, and leaves alone what runs already.
+        vsock-guest-agent /dev/${port##*/} &
+        exec /usr/lib/systemd/systemd
+    fi
+    vsock-guest-agent /dev/${port##*/}
 done
 poweroff -f
 "#;
@@ -50,9 +65,11 @@ impl<'a> Initramfs<'a> {
         };
         this.file("bin/busybox", &find_program("busybox")?)?;
         this.file("bin/vsock-guest-agent", &env.agent)?;
-        // The agent's port. Where there is no such module the kernel has it built in.
-        if this.is_module("virtio_console")? {
-            this.modules(&["virtio_console"])?;
+        // The machine's bus and the agent's port. Where there are no such modules the kernel has them built in.
+        for name in ["virtio_mmio", "virtio_console"] {
+            if this.is_module(name)? {
+                this.modules(&[name])?;
+            }
         }
         Ok(this)
     }
@@ -128,9 +145,27 @@ impl<'a> Initramfs<'a> {
     /// Adds a file.
     pub fn file(&mut self, name: &str, source: &Path) -> Result<()> {
         ensure!(source.exists(), "{} is not there", source.display());
-        self.files
-            .push((name.trim_start_matches('/').to_owned(), source.to_owned()));
+        let file = (name.trim_start_matches('/').to_owned(), source.to_owned());
+        if !self.files.contains(&file) {
+            self.files.push(file);
+        }
         Ok(())
+    }
+
+    /// Adds a program as it is installed here, with the libraries that it is linked with.
+    pub fn program(&mut self, program: &Path) -> Result<()> {
+        self.file(&program.to_string_lossy(), program)?;
+        let libraries = output_of(Command::new("ldd").arg(program))?;
+        let mut libraries = libraries
+            .split_whitespace()
+            .filter(|word| word.starts_with('/'))
+            .peekable();
+        ensure!(
+            libraries.peek().is_some(),
+            "ldd names no library of {}",
+            program.display()
+        );
+        libraries.try_for_each(|path| self.file(path, Path::new(path)))
     }
 
     /// Writes the image.
@@ -158,6 +193,20 @@ impl<'a> Initramfs<'a> {
 fn is_executable(path: &Path) -> Result<bool> {
     let metadata = fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
     Ok(metadata.permissions().mode() & 0o100 != 0)
+}
+
+/// What a program prints that has to succeed.
+pub fn output_of(command: &mut Command) -> Result<String> {
+    let output = command
+        .output()
+        .with_context(|| format!("running {command:?}"))?;
+    ensure!(
+        output.status.success(),
+        "{command:?} ended with {}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
+    String::from_utf8(output.stdout).with_context(|| format!("reading the output of {command:?}"))
 }
 
 /// The file name of a module when it is not compressed.

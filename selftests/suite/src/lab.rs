@@ -2,21 +2,24 @@
 
 //! What a test of the device tier works with: guests, their devices in this process, and a peer that the test plays itself.
 
+use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::json;
-use vsock_device::packet::TYPE_STREAM;
+use vsock_device::packet::{TYPE_SEQPACKET, TYPE_STREAM};
+use vsock_device::update::FEATURE_CHECKPOINT;
 use vsock_device::{Device, DeviceConfig, Op, Packet, Switch, HOST_CID};
 
 use crate::agent::{sh_ok, CallError, Pending};
 use crate::initramfs::Initramfs;
-use crate::machine::{Env, KernelStoodStill, Kind, Machine};
+use crate::machine::{Env, Hardware, KernelStoodStill, Kind, Machine};
+use crate::systemd;
 use crate::Driver;
 
 /// How long anything may take that takes moments when nothing else runs.
@@ -38,7 +41,7 @@ pub const PORT: u32 = 1234;
 const PEER_BUF_ALLOC: u32 = 256 * 1024;
 
 /// How often a guest is booted whose kernel stands still before it has started anything of ours.
-const BOOT_ATTEMPTS: u32 = 3;
+const BOOT_ATTEMPTS: u32 = 5;
 
 /// What one test gets.
 pub struct Lab<'a> {
@@ -47,7 +50,7 @@ pub struct Lab<'a> {
     pub driver: Driver,
     dir: PathBuf,
     switch: Arc<Switch>,
-    consoles: Mutex<Vec<PathBuf>>,
+    machines: Mutex<Vec<Arc<Machine>>>,
 }
 
 impl<'a> Lab<'a> {
@@ -57,7 +60,7 @@ impl<'a> Lab<'a> {
             driver,
             dir: env.run_dir(&test.replace("::", "."))?,
             switch: Switch::new(),
-            consoles: Mutex::default(),
+            machines: Mutex::default(),
         })
     }
 
@@ -67,9 +70,18 @@ impl<'a> Lab<'a> {
         let _ = std::fs::remove_dir_all(&self.dir);
     }
 
+    /// The machines that were booted.
+    pub fn machines(&self) -> Vec<Arc<Machine>> {
+        crate::lock(&self.machines).clone()
+    }
+
     /// The consoles of the machines that were booted.
     pub fn consoles(&self) -> Vec<PathBuf> {
-        crate::lock(&self.consoles).clone()
+        let machines = self.machines();
+        machines
+            .iter()
+            .map(|machine| machine.console.clone())
+            .collect()
     }
 
     /// Boots a guest with the driver under test.
@@ -79,15 +91,74 @@ impl<'a> Lab<'a> {
 
     /// Boots a guest with the driver under test and other modules of the kernel.
     pub fn guest_with_modules(&self, modules: &[&str]) -> Result<Guest> {
-        self.boot(GUEST_CID, |initramfs| {
+        self.boot(GUEST_CID, &Hardware::default(), |initramfs| {
             initramfs.driver(self.driver)?;
             initramfs.modules(modules)
         })
     }
 
+    /// Boots a guest with the driver under test on special hardware.
+    pub fn guest_on(&self, hardware: &Hardware) -> Result<Guest> {
+        self.boot(GUEST_CID, hardware, |initramfs| {
+            initramfs.driver(self.driver)
+        })
+    }
+
+    /// Boots a guest with the driver under test and a program in `/bin`.
+    pub fn guest_with_program(&self, cid: u32, program: &Path) -> Result<Guest> {
+        let name = program.file_name().context("the program has no name")?;
+        self.boot(cid, &Hardware::default(), |initramfs| {
+            initramfs.driver(self.driver)?;
+            initramfs.file(&format!("bin/{}", name.to_string_lossy()), program)
+        })
+    }
+
+    /// Boots a guest with the driver under test whose process 1 is systemd, with files of the source tree in its folders.
+    pub fn guest_with_systemd(&self, files: &[(&str, &Path)]) -> Result<Guest> {
+        let hardware = Hardware {
+            kernel_parameters: systemd::KERNEL_PARAMETERS,
+            ..Hardware::default()
+        };
+        self.boot(GUEST_CID, &hardware, |initramfs| {
+            initramfs.driver(self.driver)?;
+            systemd::add_to(initramfs)?;
+            let mut files = files.iter();
+            files.try_for_each(|(name, source)| initramfs.file(name, source))
+        })
+    }
+
+    /// The path of a file of the test's own.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    /// Starts one more device, which no machine has yet; returns it with its socket.
+    pub fn spare_device(&self, cid: u32) -> Result<(Device, DeviceConfig)> {
+        let config = self.device_config(cid, &format!("spare{cid}"));
+        let device = Device::start(config.clone(), self.switch.clone())?;
+        Ok((device, config))
+    }
+
+    /// Makes the device that a guest's moves to: with another CID of the guest, another one of the host, and other Unix
+    /// sockets.
+    pub fn destination(&self, guest: &Guest, cid: u32, host_cid: u64) -> Result<(Device, PathBuf)> {
+        let mut config = self.device_config(cid, &format!("guest{}.{cid}", guest.cid));
+        config.host_cid = host_cid;
+        config.features |= FEATURE_CHECKPOINT;
+        let uds = config.uds_path.clone().unwrap_or_default();
+        Ok((Device::destination(config, self.switch.clone())?, uds))
+    }
+
+    fn device_config(&self, cid: u32, name: &str) -> DeviceConfig {
+        let socket = self.dir.join(format!("{name}.vhost"));
+        let mut config = DeviceConfig::new(socket, u64::from(cid));
+        config.uds_path = Some(self.dir.join(format!("{name}.uds")));
+        config
+    }
+
     /// Boots a guest with a driver, or none; `extra` drivers are in `/extra`, not loaded.
     pub fn guest_with(&self, cid: u32, driver: Option<Driver>, extra: &[Driver]) -> Result<Guest> {
-        self.boot(cid, |initramfs| {
+        self.boot(cid, &Hardware::default(), |initramfs| {
             if let Some(driver) = driver {
                 initramfs.driver(driver)?;
             }
@@ -98,10 +169,15 @@ impl<'a> Lab<'a> {
     }
 
     /// Boots a guest from an initramfs that `fill` has put something into.
-    fn boot(&self, cid: u32, fill: impl Fn(&mut Initramfs) -> Result<()>) -> Result<Guest> {
+    fn boot(
+        &self,
+        cid: u32,
+        hardware: &Hardware,
+        fill: impl Fn(&mut Initramfs) -> Result<()>,
+    ) -> Result<Guest> {
         let mut attempts = 1..BOOT_ATTEMPTS;
         loop {
-            match self.boot_once(cid, &fill) {
+            match self.boot_once(cid, hardware, &fill) {
                 Err(error) if error.is::<KernelStoodStill>() && attempts.next().is_some() => {
                     println!("note: {error:#}; begun again");
                 }
@@ -110,27 +186,37 @@ impl<'a> Lab<'a> {
         }
     }
 
-    fn boot_once(&self, cid: u32, fill: &impl Fn(&mut Initramfs) -> Result<()>) -> Result<Guest> {
-        let name = format!("guest{cid}");
-        let uds = self.dir.join(format!("{name}.uds"));
-        let socket = self.dir.join(format!("{name}.vhost"));
-        let mut config = DeviceConfig::new(&socket, u64::from(cid));
-        config.uds_path = Some(uds.clone());
-        let device = Device::start(config, self.switch.clone())?;
+    fn boot_once(
+        &self,
+        cid: u32,
+        hardware: &Hardware,
+        fill: &impl Fn(&mut Initramfs) -> Result<()>,
+    ) -> Result<Guest> {
+        // Machines of before are still there, and have their files.
+        let name = match self.machines().len() {
+            0 => format!("guest{cid}"),
+            before => format!("guest{cid}.{before}"),
+        };
+        let mut config = self.device_config(cid, &name);
+        config.features |= hardware.features;
+        let device = Device::start(config.clone(), self.switch.clone())?;
         let mut initramfs = Initramfs::new(self.env)?;
         fill(&mut initramfs)?;
         let has_driver = initramfs.has_driver();
         let image = self.dir.join(format!("{name}.cpio"));
         initramfs.write(&image)?;
-        let machine = Machine::boot(
+        let machine = Arc::new(Machine::boot(
             self.env,
-            Kind::Guest { device: &socket },
+            Kind::Guest {
+                device: &config.socket,
+                hardware,
+            },
             &name,
             &image,
             &self.dir,
             &[],
-        )?;
-        crate::lock(&self.consoles).push(machine.console.clone());
+        )?);
+        crate::lock(&self.machines).push(machine.clone());
         // It is large, and not needed any more.
         let _ = std::fs::remove_file(image);
         if has_driver {
@@ -139,7 +225,7 @@ impl<'a> Lab<'a> {
         Ok(Guest {
             machine,
             device,
-            uds,
+            uds: config.uds_path.unwrap_or_default(),
             cid,
         })
     }
@@ -147,7 +233,7 @@ impl<'a> Lab<'a> {
 
 /// A guest that runs, with its device.
 pub struct Guest {
-    pub machine: Machine,
+    pub machine: Arc<Machine>,
     pub device: Device,
     /// The path of the host's Unix sockets for this guest.
     pub uds: PathBuf,
@@ -159,6 +245,9 @@ pub type Call<T> = Result<T, CallError>;
 
 /// `SOCK_STREAM`.
 pub const STREAM: i32 = 1;
+
+/// `SOCK_SEQPACKET`.
+pub const SEQPACKET: i32 = 5;
 
 impl Guest {
     fn call<T: serde::de::DeserializeOwned>(
@@ -175,6 +264,33 @@ impl Guest {
 
     pub fn sh(&self, script: &str) -> Result<String> {
         sh_ok(&self.machine.agent, script, LIMIT)
+    }
+
+    /// A socket that receives the kernel's uevents.
+    pub fn uevent_socket(&self) -> Call<i32> {
+        self.call("uevent_socket", json!({}))
+    }
+
+    /// The next uevent of a migration: its fields, those of the driver.
+    pub fn next_migration(&self, uevents: i32) -> Result<HashMap<String, String>> {
+        loop {
+            let fields: HashMap<_, _> = self
+                .recv(uevents, 8192)
+                .context("waiting for a uevent")?
+                .split('\0')
+                .filter_map(|field| field.split_once('='))
+                .filter_map(|(name, value)| Some((name.strip_prefix("VSOCK_")?, value)))
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .collect();
+            if !fields.is_empty() {
+                return Ok(fields);
+            }
+        }
+    }
+
+    /// A stream socket in a network namespace of its own.
+    pub fn socket_in_new_namespace(&self) -> Call<i32> {
+        self.call("socket_in_new_namespace", json!({"kind": STREAM}))
     }
 
     pub fn socket(&self, kind: i32) -> Call<i32> {
@@ -232,6 +348,11 @@ impl Guest {
 
     pub fn start_send_pattern(&self, fd: i32, seed: u64, len: u64) -> Pending {
         self.start("send_pattern", json!({"fd": fd, "seed": seed, "len": len}))
+    }
+
+    /// Sends so many times one byte.
+    pub fn start_send_small(&self, fd: i32, count: u64) -> Pending {
+        self.start("send_small", json!({"fd": fd, "count": count}))
     }
 
     pub fn start_recv_pattern(&self, fd: i32, seed: u64, len: u64) -> Pending {
@@ -314,23 +435,44 @@ impl Guest {
         self.call("getpeername", json!({"fd": fd}))
     }
 
+    /// Moves to another device, whose [`Device::stop`] was called. `cid` and `uds` are that one's.
+    pub fn move_to(&mut self, destination: Device, cid: u32, uds: PathBuf) {
+        let source = std::mem::replace(&mut self.device, destination);
+        source.hand_over(&mut self.device);
+        self.cid = cid;
+        self.uds = uds;
+    }
+
     /// Connects to a port of the guest as a program of the host does.
     pub fn connect_from_host(&self, port: u32) -> Result<UnixStream> {
+        Ok(self.connect_from_host_port(port)?.0)
+    }
+
+    /// The same, with the port of the host that the connection has.
+    pub fn connect_from_host_port(&self, port: u32) -> Result<(UnixStream, u32)> {
         let mut stream = UnixStream::connect(&self.uds).context("connecting to the bridge")?;
         stream.set_read_timeout(Some(LIMIT))?;
         stream.set_write_timeout(Some(LIMIT))?;
         writeln!(stream, "CONNECT {port}")?;
-        let mut answer = Vec::new();
-        let mut byte = [0];
-        while stream.read(&mut byte).context("waiting for OK")? == 1 && byte[0] != b'\n' {
-            answer.push(byte[0]);
-        }
-        let answer = String::from_utf8_lossy(&answer).into_owned();
-        ensure!(
-            answer.starts_with("OK "),
-            "the answer to CONNECT {port} is {answer:?}"
-        );
-        Ok(stream)
+        let answer = read_line(&mut stream).context("waiting for OK")?;
+        let host_port = answer
+            .strip_prefix("OK ")
+            .with_context(|| format!("the answer to CONNECT {port} is {answer:?}"))?;
+        Ok((stream, host_port.parse()?))
+    }
+
+    /// Asks the device, as a program of the host does, for the state of a connection that the program has.
+    pub fn checkpoint(&self, host_port: u32, guest_port: u32) -> Result<Vec<u8>> {
+        let mut stream = UnixStream::connect(&self.uds).context("connecting to the bridge")?;
+        stream.set_read_timeout(Some(LIMIT))?;
+        writeln!(stream, "CHECKPOINT {host_port} {guest_port}")?;
+        let answer = read_line(&mut stream).context("waiting for STATE")?;
+        let len = answer
+            .strip_prefix("STATE ")
+            .with_context(|| format!("the answer to CHECKPOINT is {answer:?}"))?;
+        let mut state = vec![0; len.parse()?];
+        stream.read_exact(&mut state).context("reading the state")?;
+        Ok(state)
     }
 
     /// Serves a port of the host to the guest.
@@ -362,6 +504,33 @@ impl Guest {
             Ok(self.counter(name)? >= value)
         })
     }
+}
+
+/// Hands a connection's state to the device at `uds`, as a program of the host does; returns the connection, or why it was
+/// refused.
+pub fn restore(uds: &Path, state: &[u8]) -> Result<UnixStream> {
+    let mut stream = UnixStream::connect(uds).context("connecting to the bridge")?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    writeln!(stream, "RESTORE {}", state.len())?;
+    // A device that refuses it by its length reads no more.
+    let _ = stream.write_all(state);
+    let answer = read_line(&mut stream).context("waiting for OK")?;
+    ensure!(
+        answer.starts_with("OK "),
+        "the answer to RESTORE is {answer:?}"
+    );
+    Ok(stream)
+}
+
+/// Reads a line, and not a byte more.
+fn read_line(stream: &mut UnixStream) -> Result<String> {
+    let mut line = Vec::new();
+    let mut byte = [0];
+    while stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
+        line.push(byte[0]);
+    }
+    Ok(String::from_utf8_lossy(&line).into_owned())
 }
 
 /// Waits until a condition holds that gives no event to wait for.
@@ -425,7 +594,15 @@ impl<'a> Peer<'a> {
 
     /// Connects to a listener of the guest and waits for its response.
     pub fn connect(guest: &'a Guest) -> Result<Self> {
-        let peer = Self::new(guest);
+        Self::connect_kind(guest, STREAM)
+    }
+
+    /// Connects to a listener of the guest of a kind, [`STREAM`] or [`SEQPACKET`], and waits for its response.
+    pub fn connect_kind(guest: &'a Guest, kind: i32) -> Result<Self> {
+        let mut peer = Self::new(guest);
+        if kind == SEQPACKET {
+            peer.template.socket_type = TYPE_SEQPACKET;
+        }
         peer.send(Op::REQUEST);
         peer.expect(Op::RESPONSE)?;
         Ok(peer)
@@ -438,6 +615,7 @@ impl<'a> Peer<'a> {
         let request = peer.expect(Op::REQUEST)?;
         peer.template.src_port = PORT;
         peer.template.dst_port = request.src_port;
+        peer.template.socket_type = request.socket_type;
         peer.send(Op::RESPONSE);
         connecting.wait::<()>(LIMIT).context("connect()")?;
         Ok(peer)
@@ -475,6 +653,18 @@ impl<'a> Peer<'a> {
             flags,
             ..self.packet(Op::SHUTDOWN)
         });
+    }
+
+    /// Changes the addresses of the packets from now on, as an update has it.
+    pub fn set_cids(&mut self, host_cid: u64, guest_cid: u64) {
+        self.template.src_cid = host_cid;
+        self.template.dst_cid = guest_cid;
+    }
+
+    /// Changes the ports of the packets from now on: the peer's and the guest's.
+    pub fn set_ports(&mut self, host_port: u32, guest_port: u32) {
+        self.template.src_port = host_port;
+        self.template.dst_port = guest_port;
     }
 
     /// Changes the credit of the packets from now on.

@@ -5,18 +5,20 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 
 use crate::agent::Agent;
+use crate::qmp::Monitor;
 use crate::Driver;
 
 /// How long a machine may take to boot. It takes seconds when nothing else runs.
 pub const BOOT_LIMIT: Duration = Duration::from_secs(300);
 
-/// How long the kernel may take to start its init.
-const KERNEL_BOOT_LIMIT: Duration = Duration::from_secs(90);
+/// How long the kernel may say nothing before it has started its init.
+const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 
 /// What the machines are made of, and where their files go.
 #[derive(Clone, Debug)]
@@ -25,6 +27,8 @@ pub struct Env {
     pub release: String,
     /// Its image.
     pub vmlinuz: PathBuf,
+    /// Its configuration.
+    pub config: PathBuf,
     /// The folder with its modules and their `modules.dep`.
     pub modules: PathBuf,
     /// Upstream's test programs.
@@ -33,6 +37,8 @@ pub struct Env {
     pub rs_module: PathBuf,
     /// The agent for the machines.
     pub agent: PathBuf,
+    /// The example of a program that lives with migrations.
+    pub forwarder: PathBuf,
     /// Where each test gets a folder.
     pub run: PathBuf,
     /// QEMU's accelerator.
@@ -40,6 +46,12 @@ pub struct Env {
 }
 
 impl Env {
+    /// Whether the kernel is built with an option.
+    pub fn has_option(&self, option: &str) -> bool {
+        let line = format!("{option}=y");
+        fs::read_to_string(&self.config).is_ok_and(|config| config.lines().any(|is| is == line))
+    }
+
     /// A new folder for the files of a test.
     pub fn run_dir(&self, name: &str) -> Result<PathBuf> {
         crate::new_folder(&self.run, &format!("{name}."))
@@ -103,8 +115,11 @@ pub struct KernelStoodStill;
 
 impl std::fmt::Display for KernelStoodStill {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let limit = KERNEL_BOOT_LIMIT.as_secs();
-        write!(f, "waited {limit} s for the kernel to start its init")
+        let limit = SILENCE_LIMIT.as_secs();
+        write!(
+            f,
+            "the kernel said nothing for {limit} s and has not started its init"
+        )
     }
 }
 
@@ -125,26 +140,75 @@ pub enum Port {
     File(String),
 }
 
+/// What a guest's machine is like.
+#[derive(Clone, Copy, Debug)]
+pub struct Hardware {
+    /// How the device is attached.
+    pub bus: Bus,
+    /// Size of the device's virtqueues.
+    pub ring: u16,
+    /// More feature bits that the device offers.
+    pub features: u64,
+    /// More properties of the device, as QEMU takes them.
+    pub device_properties: &'static str,
+    /// More parameters of the kernel.
+    pub kernel_parameters: &'static str,
+    /// Whether the agent has a serial port, which works on when the machine was suspended.
+    pub agent_on_serial_port: bool,
+}
+
+/// How a device is attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bus {
+    /// virtio-pci.
+    Pci,
+    /// virtio-mmio, on QEMU's microvm.
+    Mmio,
+}
+
+impl Default for Hardware {
+    fn default() -> Self {
+        Self {
+            bus: Bus::Pci,
+            ring: 128,
+            features: 0,
+            device_properties: "",
+            kernel_parameters: "",
+            agent_on_serial_port: false,
+        }
+    }
+}
+
+/// Properties of the test device that make it a socket device.
+pub fn vsock_properties(ring: u16) -> serde_json::Value {
+    serde_json::json!({"virtio-id": 19, "num_vqs": 3, "vq_size": ring, "config_size": 8})
+}
+
 /// What kind of a machine it is.
 pub enum Kind<'a> {
     /// A guest whose vsock device is served on this vhost-user socket.
-    Guest { device: &'a Path },
+    Guest {
+        device: &'a Path,
+        hardware: &'a Hardware,
+    },
     /// A machine that can run guests of its own.
     NestedHost,
 }
 
 /// A machine that runs. Dropping it switches it off.
 pub struct Machine {
-    qemu: Child,
+    qemu: Mutex<Child>,
     pub agent: Agent,
     pub console: PathBuf,
     dir: PathBuf,
+    name: String,
 }
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        let _ = self.qemu.kill();
-        let _ = self.qemu.wait();
+        let mut qemu = crate::lock(&self.qemu);
+        let _ = qemu.kill();
+        let _ = qemu.wait();
     }
 }
 
@@ -173,11 +237,34 @@ impl Machine {
             .arg(&env.vmlinuz)
             .arg("-initrd")
             .arg(initramfs);
-        qemu.args(["-append", "console=ttyS0 panic=-1"]);
+        let hardware = match kind {
+            Kind::Guest { hardware, .. } => *hardware,
+            Kind::NestedHost => Hardware::default(),
+        };
+        let mut parameters = format!("console=ttyS0 panic=-1 {}", hardware.kernel_parameters);
+        if hardware.agent_on_serial_port {
+            // For init.
+            parameters += " agent_port=ttyS1";
+        }
+        qemu.arg("-append").arg(parameters);
         qemu.arg("-serial")
             .arg(format!("file:{}", console.display()));
-        qemu.args(["-device", "virtio-serial-pci"]);
-        add_port(&mut qemu, dir, 1, &agent_port, Some(Agent::PORT_NAME));
+        qemu.arg("-qmp").arg(format!(
+            "unix:{},server=on,wait=off",
+            dir.join(format!("{name}.qmp")).display()
+        ));
+        let serial_bus = match hardware.bus {
+            Bus::Pci => "virtio-serial-pci",
+            Bus::Mmio => "virtio-serial-device",
+        };
+        if hardware.agent_on_serial_port {
+            let path = dir.join(format!("{name}.{}.sock", Agent::PORT_NAME));
+            qemu.arg("-serial")
+                .arg(format!("unix:{},server=on,wait=off", path.display()));
+        } else {
+            qemu.args(["-device", serial_bus]);
+            add_port(&mut qemu, dir, 1, &agent_port, Some(Agent::PORT_NAME));
+        }
         for (port, number) in ports.iter().zip(2..) {
             add_port(&mut qemu, dir, number, port, None);
         }
@@ -188,14 +275,20 @@ impl Machine {
             .stderr(log);
         let mut qemu = qemu.spawn().context("starting qemu-system-x86_64")?;
         let socket = dir.join(format!("{name}.{}.sock", Agent::PORT_NAME));
-        match Self::wait_for_agent(&socket, &console) {
+        match Self::wait_for_agent(&socket, &console, hardware.agent_on_serial_port) {
             Ok(agent) => Ok(Self {
-                qemu,
+                qemu: Mutex::new(qemu),
                 agent,
                 console,
                 dir: dir.to_owned(),
+                name: name.to_owned(),
             }),
             Err(error) => {
+                let error = match qemu.try_wait() {
+                    // It is not the kernel's fault that it did not boot.
+                    Ok(Some(status)) => anyhow!("QEMU ended with {status}"),
+                    _ => error,
+                };
                 let _ = qemu.kill();
                 let _ = qemu.wait();
                 let said = fs::read_to_string(said).unwrap_or_default();
@@ -207,14 +300,19 @@ impl Machine {
         }
     }
 
-    fn wait_for_agent(socket: &Path, console: &Path) -> Result<Agent> {
+    fn wait_for_agent(socket: &Path, console: &Path, announces: bool) -> Result<Agent> {
         let agent = Agent::connect(socket, BOOT_LIMIT)?;
-        match agent.wait_ready(KERNEL_BOOT_LIMIT) {
-            Ok(()) => return Ok(agent),
-            Err(_) if !read_log(console).contains("Run /init") => bail!(KernelStoodStill),
-            Err(_) => {}
+        let mut said = 0;
+        while !read_log(console).contains("Run /init") {
+            if agent.wait_ready(announces, SILENCE_LIMIT).is_ok() {
+                return Ok(agent);
+            }
+            let before = std::mem::replace(&mut said, read_log(console).len());
+            if said == before {
+                bail!(KernelStoodStill);
+            }
         }
-        agent.wait_ready(BOOT_LIMIT)?;
+        agent.wait_ready(announces, BOOT_LIMIT)?;
         Ok(agent)
     }
 
@@ -228,15 +326,26 @@ impl Machine {
         self.dir.join(name)
     }
 
+    /// QEMU's monitor.
+    pub fn monitor(&self) -> Result<Monitor> {
+        Monitor::connect(&self.dir.join(format!("{}.qmp", self.name)))
+    }
+
     /// What the machine's kernel has said so far.
     pub fn log(&self) -> String {
         read_log(&self.console)
     }
 
+    /// Whether the machine was not switched off yet.
+    pub fn is_on(&self) -> Result<bool> {
+        let ended = crate::lock(&self.qemu).try_wait();
+        Ok(ended.context("waiting for QEMU")?.is_none())
+    }
+
     /// Waits until the machine has switched itself off.
-    pub fn wait_off(&mut self, limit: Duration) -> Result<()> {
+    pub fn wait_off(&self, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
-        while self.qemu.try_wait().context("waiting for QEMU")?.is_none() {
+        while self.is_on()? {
             let waited = limit.as_secs();
             ensure!(
                 Instant::now() < end,
@@ -250,10 +359,16 @@ impl Machine {
 
 fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
     match kind {
-        Kind::Guest { device } => {
+        Kind::Guest { device, hardware } => {
+            let (machine, device_model) = match hardware.bus {
+                Bus::Pci => ("pc", "vhost-user-test-device-pci"),
+                // With ACPI the kernel finds the devices without being told.
+                Bus::Mmio => ("microvm,acpi=on", "vhost-user-test-device"),
+            };
+            let accelerator = &env.accelerator;
             qemu.args([
                 "-accel",
-                &env.accelerator,
+                accelerator,
                 "-cpu",
                 "max",
                 "-smp",
@@ -265,13 +380,17 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
                 "-object",
                 "memory-backend-memfd,id=memory,size=512M,share=on",
             ]);
-            qemu.args(["-machine", "memory-backend=memory"]);
+            qemu.arg("-machine")
+                .arg(format!("{machine},memory-backend=memory"));
             qemu.arg("-chardev")
                 .arg(format!("socket,id=vsock,path={}", device.display()));
-            qemu.args([
-                "-device",
-                "vhost-user-test-device-pci,virtio-id=19,num_vqs=3,vq_size=128,config_size=8,chardev=vsock",
-            ]);
+            let properties = vsock_properties(hardware.ring);
+            let mut device = format!("{device_model},id=vsock0,chardev=vsock");
+            for (name, value) in properties.as_object().into_iter().flatten() {
+                device += &format!(",{name}={value}");
+            }
+            device += hardware.device_properties;
+            qemu.arg("-device").arg(device);
         }
         Kind::NestedHost => {
             // With more than one processor that has SVM, TCG now and then corrupts the memory of the host's kernel:

@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`machine`] | a machine under QEMU |
 //! | [`initramfs`] | what a machine boots into |
+//! | [`systemd`] | systemd as a machine's process 1 |
 //! | [`agent`] | system calls in a machine |
 //! | [`lab`] | what a test of the device tier works with |
 //! | [`tests`] | the tests of the device tier: guests and a device in this process |
@@ -19,7 +20,11 @@ mod host_tier;
 mod initramfs;
 mod lab;
 mod machine;
+#[path = "../../guest/src/pattern.rs"]
+mod pattern;
+mod qmp;
 mod runner;
+mod systemd;
 mod tests;
 
 use std::path::{Path, PathBuf};
@@ -31,7 +36,7 @@ use anyhow::{ensure, Context, Result};
 use clap::{Parser, Subcommand, ValueEnum};
 
 use machine::Env;
-use runner::{Reporter, Test};
+use runner::Reporter;
 
 /// Locks a mutex. What it guards stays consistent when a thread panics, so poison does not matter.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -109,10 +114,12 @@ impl Arguments {
         let run = new_folder(&self.cache.join("run"), "")?;
         Ok(Env {
             vmlinuz: kernel.join("vmlinuz"),
+            config: kernel.join("tree/.config"),
             modules: kernel.join("lib/modules").join(&release),
             upstream: kernel.join("upstream"),
             rs_module: kernel.join("module/virtio_vsock_rs.ko"),
             agent: programs.join("vsock-guest-agent"),
+            forwarder: programs.join("vsock-forwarder"),
             run,
             accelerator: match std::env::var("VSOCK_ACCEL").as_deref() {
                 Ok("kvm") => "kvm".to_owned(),
@@ -170,7 +177,7 @@ fn carry_out(arguments: Arguments) -> Result<bool> {
     let env = arguments.env()?;
     let succeeded = match arguments.command {
         Command::List => {
-            for test in tests::ALL {
+            for test in tests::all(&env) {
                 println!("{}", test.name);
             }
             for name in host_tier::list(&env)? {
@@ -204,7 +211,8 @@ fn run(env: &Env, filters: &[String], jobs: usize, driver: Driver, repeat: u32) 
         filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()))
     };
     let reporter = Reporter::new(driver);
-    let selected: Vec<&Test> = tests::ALL.iter().filter(|test| wanted(test.name)).collect();
+    let mut selected = tests::all(env);
+    selected.retain(|test| wanted(test.name));
     for _ in 0..repeat {
         runner::run(env, driver, &selected, jobs, &reporter);
     }

@@ -2,19 +2,27 @@
 
 //! The tests of the device tier: what a user of a guest sees.
 
+mod checkpoint;
 mod credit;
+mod faults;
+mod hardware;
 mod hostile;
 mod lifecycle;
+pub mod migration;
+mod namespaces;
 mod observe;
+mod recovery;
 mod reset;
+mod sharing;
 mod stream;
+mod units;
 
+use crate::machine::Env;
 use crate::runner::Test;
 
 macro_rules! tests {
     ($($module:ident: $($name:ident),+;)+) => {
-        /// All of them.
-        pub const ALL: &[Test] = &[
+        const ON_ANY_KERNEL: &[Test] = &[
             $($(Test {
                 name: concat!(stringify!($module), "::", stringify!($name)),
                 run: $module::$name,
@@ -23,14 +31,40 @@ macro_rules! tests {
     };
 }
 
+/// Tests for kernels that can let allocations fail.
+const WITH_FAULT_INJECTION: &[Test] = &[Test {
+    name: "faults::probe",
+    run: faults::probe,
+}];
+
+/// All tests that a kernel is able to run.
+pub fn all(env: &Env) -> Vec<&'static Test> {
+    let mut tests: Vec<&Test> = ON_ANY_KERNEL.iter().collect();
+    if env.has_option("CONFIG_FAULT_INJECTION") {
+        tests.extend(WITH_FAULT_INJECTION);
+    }
+    tests
+}
+
 tests! {
     stream: between_guests, over_the_bridge, connect_refused, connect_timeout, nonblocking_connect, backlog_full,
         bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data, close_timeout,
         linger, epipe, many_connections;
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,
         updates_are_few, low_water_mark, ioctls, epoll_edges, buffer_size_limits;
-    reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, repeated;
-    lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop;
+    reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, repeated,
+        every_blocked_reader, reader_with_a_part, every_blocked_writer, so_error, half_closed, accept_queue,
+        request_before_event, zerocopy_completions, lingering_close, sockets_in_a_sockmap;
+    checkpoint: connections_go_on, unlisted_are_reset, packets_that_wait, packets_before_and_after,
+        behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates;
+    migration: streams_go_on, bad_states, told_to_programs;
+    recovery: resets_and_a_reboot, collector_dies, collector_in_a_guest;
+    units: migrated_service, journal_is_forwarded;
+    sharing: fairness, order_is_kept, memory_of_small_packets;
+    namespaces: global_mode, local_mode;
+    hardware: ring_sizes, plain_rings, platform_dma, mmio;
+    lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
+        hotplug, two_devices, suspend;
     observe: vsockmon, tracepoints, diagnostics, sockmap;
     hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, tx_not_consumed,
         reply_flood;

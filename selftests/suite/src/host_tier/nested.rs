@@ -15,10 +15,10 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{Context, Result};
 
 use crate::agent::{sh_ok, Agent};
-use crate::initramfs::Initramfs;
+use crate::initramfs::{output_of, Initramfs};
 use crate::machine::{find_program, Env, Kind, Machine, Port, BOOT_LIMIT};
 use crate::Driver;
 
@@ -152,7 +152,7 @@ impl NestedHost {
         sh_ok(&self.machine.agent, &script, BOOT_LIMIT)
             .with_context(|| format!("starting QEMU for {what} in the nested host"))?;
         let console = self.machine.port_file(&spec.console_port());
-        if let Err(error) = agent.wait_ready(BOOT_LIMIT) {
+        if let Err(error) = agent.wait_ready(false, BOOT_LIMIT) {
             let said = sh_ok(&self.machine.agent, &format!("cat {qemu_log}"), BOOT_LIMIT)
                 .unwrap_or_default();
             return Err(error).context(format!(
@@ -191,7 +191,7 @@ impl NestedHost {
 /// What the host needs in its initramfs.
 fn build_host<'a>(env: &'a Env, guests: &[GuestSpec], dir: &Path) -> Result<Initramfs<'a>> {
     let mut host = Initramfs::new(env)?;
-    host.modules(&["kvm-amd", "vhost_vsock"])?;
+    host.modules(&["kvm-amd", "vhost_vsock", "vsock_diag"])?;
     add_upstream_tests(env, &mut host)?;
     add_qemu(&mut host)?;
     host.file("vmlinuz", &env.vmlinuz)?;
@@ -209,12 +209,18 @@ fn build_guest(env: &Env, driver: Driver) -> Result<Initramfs<'_>> {
     let mut guest = Initramfs::new(env)?;
     guest.modules(&["virtio_net"])?;
     guest.driver(driver)?;
+    guest.modules(&["vsock_diag"])?;
     add_upstream_tests(env, &mut guest)?;
     Ok(guest)
 }
 
 fn add_upstream_tests(env: &Env, image: &mut Initramfs) -> Result<()> {
-    for program in ["vsock_test", "vsock_perf"] {
+    for program in [
+        "vsock_test",
+        "vsock_perf",
+        "vsock_diag_test",
+        "vsock_uring_test",
+    ] {
         image.file(&format!("bin/{program}"), &env.upstream.join(program))?;
     }
     Ok(())
@@ -223,17 +229,7 @@ fn add_upstream_tests(env: &Env, image: &mut Initramfs) -> Result<()> {
 /// QEMU as it is installed here, the libraries that it is linked with, and the firmware of a PC.
 fn add_qemu(image: &mut Initramfs) -> Result<()> {
     let qemu = find_program("qemu-system-x86_64")?;
-    image.file("usr/bin/qemu-system-x86_64", &qemu)?;
-    let mut libraries = 0;
-    for word in output_of(Command::new("ldd").arg(&qemu))?.split_whitespace() {
-        if let Some(path) = word.strip_prefix('/') {
-            image.file(path, Path::new(word))?;
-            libraries += 1;
-        }
-    }
-    if libraries == 0 {
-        bail!("ldd names no library of {}", qemu.display());
-    }
+    image.program(&qemu)?;
     let folders = output_of(Command::new(&qemu).args(["-L", "help"]))?;
     for firmware in ["bios-256k.bin", "kvmvapic.bin", "linuxboot_dma.bin"] {
         let found = folders
@@ -246,18 +242,4 @@ fn add_qemu(image: &mut Initramfs) -> Result<()> {
         image.file(&format!("usr/share/qemu/{firmware}"), &found)?;
     }
     Ok(())
-}
-
-fn output_of(command: &mut Command) -> Result<String> {
-    let output = command
-        .output()
-        .with_context(|| format!("running {command:?}"))?;
-    if !output.status.success() {
-        bail!(
-            "{command:?} ended with {}: {}",
-            output.status,
-            String::from_utf8_lossy(&output.stderr)
-        );
-    }
-    String::from_utf8(output.stdout).with_context(|| format!("reading the output of {command:?}"))
 }

@@ -2,12 +2,18 @@
 
 //! The device has lost all connections, and perhaps has another CID (`VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`).
 
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
-use vsock_device::{Op, HOST_CID};
+use vsock_device::{packet::SEQ_EOM, Op, Packet, HOST_CID};
 
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT,
+    SEQPACKET, STREAM,
 };
 
 /// Waits until the guest knows its new CID.
@@ -107,6 +113,8 @@ pub fn bound_sockets_follow(lab: &Lab) -> Result<()> {
 /// With the same CID, as after a snapshot; calls that block at that moment end, unread and unsent data is gone.
 pub fn same_cid_and_blocked_calls(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
+    // One of its own: a recv() or send() that fails takes the socket's error away, of which poll() tells.
+    let (polled, _stream) = connected(&guest)?;
     let listener = guest.listener(PORT)?;
     let mut peer = Peer::connect(&guest)?;
     let fd = guest.accept(listener)?;
@@ -116,7 +124,7 @@ pub fn same_cid_and_blocked_calls(lab: &Lab) -> Result<()> {
     peer.expect(Op::CREDIT_UPDATE)?;
     let reading = guest.start("recv", json!({"fd": fd, "len": 1}));
     let sending = guest.start_send_pattern(fd, 1, 5_000);
-    let polling = guest.start_poll(fd, libc::POLLIN, LIMIT);
+    let polling = guest.start_poll(polled, libc::POLLIN, LIMIT);
     reading.expect_blocked(A_WHILE)?;
     sending.expect_blocked(A_WHILE)?;
     polling.expect_blocked(A_WHILE)?;
@@ -138,6 +146,389 @@ pub fn same_cid_and_blocked_calls(lab: &Lab) -> Result<()> {
     );
     guest.device.set_manual(false);
     guest.connect_from_host(PORT)?;
+    Ok(())
+}
+
+/// A connected stream socket of the guest, whose peer is on the host.
+fn connected(guest: &Guest) -> Result<(i32, UnixStream)> {
+    let listener = guest.host_listener(PORT + 1)?;
+    let fd = guest.socket(STREAM)?;
+    guest.connect(fd, HOST_CID as u32, PORT + 1)?;
+    let (stream, _) = listener.accept().context("accept() on the host")?;
+    Ok((fd, stream))
+}
+
+/// Whoever waits for data when the reset comes learns of it, in whatever way.
+pub fn every_blocked_reader(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let ways = [
+        "recv",
+        "recv with MSG_PEEK",
+        "recv with MSG_WAITALL",
+        "read",
+        "readv",
+        "recvmsg",
+        "splice",
+        "io_uring",
+    ];
+    let mut waiting = Vec::new();
+    for kind in [STREAM, SEQPACKET] {
+        for way in ways {
+            let fd = guest.socket(kind)?;
+            Peer::accept(&guest, fd)?;
+            let call = guest.start("receive_by", json!({"fd": fd, "way": way, "len": 100}));
+            waiting.push((format!("{way} on a socket of type {kind}"), fd, call));
+        }
+    }
+    guest.device.set_manual(false);
+    let (epoll_fd, _stream) = connected(&guest)?;
+    let epoll = guest.epoll(epoll_fd, libc::EPOLLIN | libc::EPOLLET)?;
+    let ms = LIMIT.as_millis() as i32;
+    let epoll_wait = guest.start(
+        "epoll_wait",
+        json!({"fd": epoll, "events": 0, "timeout_ms": ms}),
+    );
+    // Two readers of one socket.
+    let (shared, _stream) = connected(&guest)?;
+    let two = [(); 2].map(|()| guest.start("recv", json!({"fd": shared, "len": 1})));
+    for (what, _, call) in &waiting {
+        call.expect_blocked(A_WHILE / 8).context(what.clone())?;
+    }
+
+    guest.device.transport_reset(u64::from(GUEST_CID));
+    for (what, fd, call) in waiting {
+        expect_errno(&what, call.wait::<usize>(LIMIT), "ECONNRESET")?;
+        expect_eq(
+            &format!("recv() after {what}"),
+            guest.recv(fd, 1)?,
+            String::new(),
+        )?;
+        expect_errno(
+            &format!("send() after {what}"),
+            guest.send(fd, "x"),
+            "EPIPE",
+        )?;
+        expect_eq(&format!("SO_ERROR after {what}"), error_of(&guest, fd)?, 0)?;
+    }
+    let events: i32 = epoll_wait.wait(LIMIT)?;
+    ensure!(
+        events & libc::EPOLLERR != 0,
+        "epoll says {events:#x}, without EPOLLERR"
+    );
+    expect_reset(&guest, epoll_fd)?;
+    for call in two {
+        expect_errno(
+            "one of two readers",
+            call.wait::<String>(LIMIT),
+            "ECONNRESET",
+        )?;
+    }
+    expect_eq(
+        "recv() after two readers",
+        guest.recv(shared, 1)?,
+        String::new(),
+    )?;
+    expect_eq("what can be read after that", guest.siocinq(shared)?, 0)
+}
+
+/// A reader that has got a part of what it waits for gets that, and then learns of the reset.
+pub fn reader_with_a_part(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let (fd, mut stream) = connected(&guest)?;
+    let params = json!({"fd": fd, "way": "recv with MSG_WAITALL", "len": 100});
+    let call = guest.start("receive_by", params);
+    stream.write_all(b"a part")?;
+    // It is the reader's when there is nothing to be read any more.
+    guest.wait_counter("rx_bytes", 6)?;
+    wait_for(
+        "the reader to take the part",
+        || Ok(guest.siocinq(fd)? == 0),
+    )?;
+    call.expect_blocked(A_WHILE)?;
+    guest.device.transport_reset(u64::from(GUEST_CID));
+    expect_eq("what the reader has got", call.wait::<usize>(LIMIT)?, 6)?;
+    expect_reset(&guest, fd)
+}
+
+/// Whoever waits for room when the reset comes learns of it, in whatever way.
+pub fn every_blocked_writer(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let ways = [
+        "send",
+        "write",
+        "writev",
+        "sendmsg",
+        "splice",
+        "io_uring",
+        "io_uring zerocopy",
+    ];
+    let mut waiting = Vec::new();
+    for kind in [STREAM, SEQPACKET] {
+        for way in ways {
+            let fd = guest.socket(kind)?;
+            Peer::accept(&guest, fd)?;
+            waiting.push((format!("{way} on a socket of type {kind}"), fd, way));
+        }
+    }
+    let waiting: Vec<_> = waiting
+        .into_iter()
+        .map(|(what, fd, way)| {
+            let call = guest.start("send_by", json!({"fd": fd, "way": way}));
+            (what, fd, call)
+        })
+        .collect();
+    for (what, fd, call) in &waiting {
+        wait_for(&format!("{what} to fill the peer's buffer"), || {
+            Ok(guest.poll(*fd, libc::POLLOUT, Duration::ZERO)? == 0)
+        })?;
+        call.expect_blocked(A_WHILE / 8).context(what.clone())?;
+    }
+    guest.device.transport_reset(u64::from(GUEST_CID));
+    for (what, fd, call) in waiting {
+        expect_errno(&what, call.wait::<()>(LIMIT), "ECONNRESET")?;
+        // What a writer is told by stays for another one that may be blocked, so it may come once more.
+        let next = guest.send(fd, "x");
+        if next.as_ref().err().map(ToString::to_string).as_deref() != Some("EPIPE") {
+            expect_errno(&format!("send() after {what}"), next, "ECONNRESET")?;
+        }
+        expect_errno("send() after that", guest.send(fd, "x"), "EPIPE")?;
+        expect_eq(
+            &format!("recv() after {what}"),
+            guest.recv(fd, 1)?,
+            String::new(),
+        )?;
+    }
+    Ok(())
+}
+
+/// The value of `SO_ERROR`.
+fn error_of(guest: &Guest, fd: i32) -> Result<i32> {
+    let bytes = guest.option(fd, libc::SOL_SOCKET, libc::SO_ERROR, 4)?;
+    let bytes = bytes.try_into().ok().context("the length of SO_ERROR")?;
+    Ok(i32::from_ne_bytes(bytes))
+}
+
+/// `SO_ERROR` says it, once, and is then what the application was told by.
+pub fn so_error(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    for kind in [STREAM, SEQPACKET] {
+        let fd = guest.socket(kind)?;
+        let peer = Peer::accept(&guest, fd)?;
+        guest.device.inject(Packet {
+            flags: if kind == SEQPACKET { SEQ_EOM } else { 0 },
+            payload: b"unread".to_vec(),
+            ..peer.packet(Op::RW)
+        });
+        wait_for("data", || {
+            Ok(guest.poll(fd, libc::POLLIN, Duration::ZERO)? != 0)
+        })?;
+        guest.device.transport_reset(u64::from(GUEST_CID));
+        wait_for("POLLERR", || {
+            Ok(guest.poll(fd, libc::POLLIN, Duration::ZERO)? & libc::POLLERR != 0)
+        })?;
+        expect_eq("SO_ERROR", error_of(&guest, fd)?, libc::ECONNRESET)?;
+        expect_eq("SO_ERROR again", error_of(&guest, fd)?, 0)?;
+        expect_eq("recv()", guest.recv(fd, 1)?, String::new())?;
+        expect_errno("send()", guest.send(fd, "x"), "EPIPE")?;
+    }
+    Ok(())
+}
+
+/// Connections of which one direction was shut down, by the application or by the peer; one that the peer has closed
+/// has nothing to lose, and what it has sent can still be read.
+pub fn half_closed(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let (no_more_sending, _stream) = connected(&guest)?;
+    guest.shutdown(no_more_sending, libc::SHUT_WR)?;
+    let (peer_sends_no_more, stream) = connected(&guest)?;
+    stream.shutdown(Shutdown::Write)?;
+    expect_eq(
+        "the peer's end",
+        guest.recv(peer_sends_no_more, 1)?,
+        String::new(),
+    )?;
+    let listener = guest.listener(PORT)?;
+    let closed_by_peer = {
+        let peer = Peer::connect(&guest)?;
+        let fd = guest.accept(listener)?;
+        peer.send_payload(b"the last words");
+        peer.send(Op::RST);
+        guest.device.wait_delivered(LIMIT)?;
+        wait_for("the peer's RST", || {
+            Ok(guest.poll(fd, libc::POLLRDHUP, Duration::ZERO)? & libc::POLLRDHUP != 0)
+        })?;
+        fd
+    };
+
+    guest.device.transport_reset(u64::from(GUEST_CID));
+    expect_errno(
+        "recv() after SHUT_WR",
+        guest.recv(no_more_sending, 1),
+        "ECONNRESET",
+    )?;
+    expect_errno(
+        "send() after SHUT_WR",
+        guest.send(no_more_sending, "x"),
+        "EPIPE",
+    )?;
+    expect_errno(
+        "recv() after the peer's shutdown",
+        guest.recv(peer_sends_no_more, 1),
+        "ECONNRESET",
+    )?;
+    expect_errno(
+        "send() after the peer's shutdown",
+        guest.send(peer_sends_no_more, "x"),
+        "EPIPE",
+    )?;
+    expect_eq(
+        "what the peer sent before it closed",
+        guest.recv(closed_by_peer, 100)?,
+        "the last words".to_owned(),
+    )?;
+    expect_eq(
+        "the end after it",
+        guest.recv(closed_by_peer, 100)?,
+        String::new(),
+    )
+}
+
+/// Connections that nobody has accepted yet are reset like any other, in their order, and do not take the place of those
+/// that come later.
+pub fn accept_queue(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.socket(STREAM)?;
+    guest.bind(listener, u32::MAX, PORT)?;
+    guest.listen(listener, 3)?;
+    let mut old: Vec<UnixStream> = Vec::new();
+    for _ in 0..2 {
+        let mut stream = guest.connect_from_host(PORT)?;
+        stream.write_all(b"of before")?;
+        old.push(stream);
+    }
+    guest.wait_counter("rx_bytes", 18)?;
+    guest.device.transport_reset(u64::from(GUEST_CID + 5));
+    wait_for_cid(&guest, GUEST_CID + 5)?;
+    let mut new = guest.connect_from_host(PORT)?;
+    new.write_all(b"of after")?;
+    for _ in 0..2 {
+        let fd = guest.accept(listener)?;
+        expect_eq("its address", guest.own_address(fd)?, (GUEST_CID, PORT))?;
+        expect_reset(&guest, fd)?;
+        guest.close(fd)?;
+    }
+    let fd = guest.accept(listener)?;
+    expect_eq("its address", guest.own_address(fd)?, (GUEST_CID + 5, PORT))?;
+    wait_for("data", || Ok(guest.siocinq(fd)? == 8))?;
+    expect_eq("what it reads", guest.recv(fd, 100)?, "of after".to_owned())
+}
+
+/// A request of the new host for the very addresses of an old connection, that is there before the driver knows of the
+/// event: it meets the listener, and not the connection of before (firecracker issue 5688).
+pub fn request_before_event(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let mut peer = Peer::connect(&guest)?;
+    let old = guest.accept(listener)?;
+    for cid in [GUEST_CID, GUEST_CID + 4, GUEST_CID] {
+        peer.set_cids(HOST_CID, u64::from(cid));
+        guest
+            .device
+            .transport_reset_behind(peer.packet(Op::REQUEST), u64::from(cid));
+        peer.expect(Op::RESPONSE)?;
+        let new = guest.accept(listener)?;
+        expect_eq("its address", guest.own_address(new)?, (cid, PORT))?;
+        peer.send_payload(b"hello");
+        expect_eq("what it reads", guest.recv(new, 5)?, "hello".to_owned())?;
+        guest
+            .device
+            .transport_reset_behind(peer.packet(Op::REQUEST), u64::from(cid));
+        peer.expect(Op::RESPONSE)?;
+        expect_reset(&guest, new)?;
+        let newest = guest.accept(listener)?;
+        guest.send(newest, "still here")?;
+        expect_eq(
+            "what the peer reads",
+            peer.expect(Op::RW)?.payload,
+            b"still here".to_vec(),
+        )?;
+    }
+    expect_reset(&guest, old)
+}
+
+/// Sends from the application's pages that are on their way when the reset comes: each gets its completion.
+pub fn zerocopy_completions(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let (in_queues, stream) = connected(&guest)?;
+    let small = guest.counter("tx_packets")?;
+    ensure!(small >= 0, "the counter of packets is negative");
+    guest.device.hold_tx(true);
+    let sends: usize = guest
+        .start("send_zero_copy", json!({"fd": in_queues, "count": 1000}))
+        .wait(LIMIT)?;
+    ensure!(sends > 2, "only {sends} sends fit");
+    guest.device.transport_reset(u64::from(GUEST_CID));
+    expect_errno("send()", guest.send(in_queues, "x"), "ECONNRESET")?;
+    guest.device.hold_tx(false);
+    let mut completed = vec![false; sends];
+    wait_for(&format!("the completions of {sends} sends"), || {
+        let ranges: Vec<(u32, u32)> = guest
+            .start("zero_copy_completions", json!({"fd": in_queues}))
+            .wait(LIMIT)?;
+        for (first, last) in ranges {
+            for number in first..=last {
+                let completed = completed
+                    .get_mut(number as usize)
+                    .with_context(|| format!("a completion of send {number}, of {sends}"))?;
+                ensure!(!*completed, "a second completion of send {number}");
+                *completed = true;
+            }
+        }
+        Ok(completed.iter().all(|completed| *completed))
+    })?;
+    drop(stream);
+    guest.close(in_queues)?;
+    Ok(())
+}
+
+/// close() that waits for unsent data does not wait for a connection that was reset.
+pub fn lingering_close(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let (fd, _stream) = connected(&guest)?;
+    let linger = [1_i32.to_ne_bytes(), 1000_i32.to_ne_bytes()].concat();
+    guest.set_option(fd, libc::SOL_SOCKET, libc::SO_LINGER, &linger)?;
+    guest.device.hold_tx(true);
+    guest.send(fd, "unsent")?;
+    let closing = guest.start("close", json!({"fd": fd}));
+    closing.expect_blocked(A_WHILE)?;
+    guest.device.transport_reset(u64::from(GUEST_CID));
+    closing.wait::<()>(LIMIT).context("close()")?;
+    guest.device.hold_tx(false);
+    let (_fd, _stream) = connected(&guest)?;
+    Ok(())
+}
+
+/// Sockets in a sockmap, both the one whose data goes elsewhere and the one that it goes to.
+pub fn sockets_in_a_sockmap(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let (from, mut stream) = connected(&guest)?;
+    let (to, mut other) = connected(&guest)?;
+    guest
+        .start("redirect", json!({"from": from, "to": to}))
+        .wait::<()>(LIMIT)?;
+    stream.write_all(b"redirected")?;
+    let mut redirected = [0; 10];
+    other
+        .read_exact(&mut redirected)
+        .context("what was redirected")?;
+    expect_eq("what was redirected", &redirected, b"redirected")?;
+    guest.device.transport_reset(u64::from(GUEST_CID + 1));
+    wait_for_cid(&guest, GUEST_CID + 1)?;
+    for fd in [from, to] {
+        expect_reset(&guest, fd)?;
+        guest.close(fd)?;
+    }
+    let (_fd, _stream) = connected(&guest)?;
     Ok(())
 }
 

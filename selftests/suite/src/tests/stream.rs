@@ -11,7 +11,7 @@ use vsock_device::packet::{SHUTDOWN_RCV, SHUTDOWN_SEND};
 use vsock_device::{Op, HOST_CID};
 
 use crate::lab::{
-    expect_eq, expect_errno, Lab, Peer, A_WHILE, CID_ANY, GUEST_CID, LIMIT, PORT, STREAM,
+    expect_eq, expect_errno, Guest, Lab, Peer, A_WHILE, CID_ANY, GUEST_CID, LIMIT, PORT, STREAM,
 };
 use crate::Driver;
 
@@ -58,25 +58,26 @@ pub fn between_guests(lab: &Lab) -> Result<()> {
 
 /// A program of the host connects to the guest and the other way round, through Unix sockets.
 pub fn over_the_bridge(lab: &Lab) -> Result<()> {
-    let guest = lab.guest()?;
+    exchange_over_the_bridge(&lab.guest()?)
+}
+
+/// Moves data over connections that the host and the guest make.
+pub(super) fn exchange_over_the_bridge(guest: &Guest) -> Result<()> {
     let listener = guest.listener(PORT)?;
     let mut from_host = guest.connect_from_host(PORT)?;
     let fd = guest.accept(listener)?;
-    exchange(&guest, fd, &mut from_host).context("the host has connected")?;
+    exchange(guest, fd, &mut from_host).context("the host has connected")?;
+    guest.close(listener)?;
 
     let host_listener = guest.host_listener(PORT)?;
     let fd = guest.socket(STREAM)?;
     guest.connect(fd, HOST, PORT)?;
     let (mut at_host, _) = host_listener.accept()?;
-    exchange(&guest, fd, &mut at_host).context("the guest has connected")
+    exchange(guest, fd, &mut at_host).context("the guest has connected")
 }
 
 /// Moves data both ways and ends the connection from the host's side.
-fn exchange(
-    guest: &crate::lab::Guest,
-    fd: i32,
-    host: &mut std::os::unix::net::UnixStream,
-) -> Result<()> {
+fn exchange(guest: &Guest, fd: i32, host: &mut std::os::unix::net::UnixStream) -> Result<()> {
     host.set_read_timeout(Some(LIMIT))?;
     let sending = guest.start_send_pattern(fd, 7, BULK);
     let mut received = vec![0; BULK as usize];

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Connections share a device and the guest's memory: none of them takes more than its part.
+
+use anyhow::{ensure, Context, Result};
+use vsock_device::packet::{SEQ_EOM, TYPE_SEQPACKET};
+use vsock_device::{Op, Packet};
+
+use crate::lab::{
+    expect_eq, wait_for, Guest, Lab, Peer, CID_ANY, GUEST_CID, LIMIT, PORT, SEQPACKET, STREAM,
+};
+
+/// The ring that QEMU gives the test device, in packets.
+const RING: usize = 128;
+
+/// A connection with thousands of small packets that wait does not keep another one waiting for all of them.
+pub fn fairness(lab: &Lab) -> Result<()> {
+    const MANY: u64 = 5000;
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    let busy = guest.accept(listener)?;
+    let mut other = peer.packet(Op::REQUEST);
+    other.src_port += 1;
+    guest.device.inject(other.clone());
+    peer.expect(Op::RESPONSE)?;
+    let modest = guest.accept(listener)?;
+
+    guest.device.hold_tx(true);
+    let sent: u64 = guest.start_send_small(busy, MANY).wait(LIMIT)?;
+    expect_eq("small packets sent", sent, MANY)?;
+    expect_eq("send() of the other", guest.send(modest, "x")?, 1)?;
+    guest.device.hold_tx(false);
+
+    let is_other = |packet: &Packet| packet.op == Op::RW && packet.dst_port == other.src_port;
+    let mut before = 0;
+    while !is_other(&peer.next("the packet of the other connection")?) {
+        before += 1;
+    }
+    ensure!(
+        before <= RING + 1,
+        "{before} packets came before that of the other connection; more than {RING}, which the device had, and one"
+    );
+    for at in before..MANY as usize {
+        peer.expect(Op::RW)
+            .with_context(|| format!("small packet {at} of {MANY}"))?;
+    }
+    Ok(())
+}
+
+/// Packets of different connections that waited for room come in each connection's order, its end last.
+pub fn order_is_kept(lab: &Lab) -> Result<()> {
+    const CONNECTIONS: u32 = 20;
+    const PACKETS: usize = 50;
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::watch(&guest);
+    let mut fds = Vec::new();
+    for at in 0..CONNECTIONS {
+        let mut request = peer.packet(Op::REQUEST);
+        request.src_port += at;
+        guest.device.inject(request);
+        peer.expect(Op::RESPONSE)?;
+        fds.push(guest.accept(listener)?);
+    }
+    guest.device.hold_tx(true);
+    for at in 0..PACKETS {
+        for fd in &fds {
+            let text = format!("packet {at}");
+            expect_eq("send()", guest.send(*fd, &text)?, text.len())?;
+        }
+    }
+    for fd in &fds {
+        guest.shutdown(*fd, libc::SHUT_WR)?;
+    }
+    guest.device.hold_tx(false);
+    let mut came = vec![0; CONNECTIONS as usize];
+    let first_port = peer.packet(Op::RST).src_port;
+    for _ in 0..CONNECTIONS as usize * (PACKETS + 1) {
+        let packet = peer.next("a packet that waited")?;
+        let of = &mut came[(packet.dst_port - first_port) as usize];
+        if *of < PACKETS {
+            expect_eq("what it is", packet.op, Op::RW)?;
+            let text = String::from_utf8_lossy(&packet.payload).into_owned();
+            expect_eq("its payload", text, format!("packet {of}"))?;
+        } else {
+            expect_eq("the last", packet.op, Op::SHUTDOWN)?;
+        }
+        *of += 1;
+    }
+    expect_eq(
+        "packets of each",
+        came,
+        vec![PACKETS + 1; CONNECTIONS as usize],
+    )
+}
+
+/// `SO_MEMINFO` (level `SOL_SOCKET`), and where the receive memory is in what it returns.
+const SO_MEMINFO: i32 = 55;
+const SK_MEMINFO_RMEM_ALLOC: usize = 0;
+const SK_MEMINFO_VARS: usize = 9;
+
+/// Memory that a socket's received packets take, in bytes.
+fn receive_memory(guest: &Guest, fd: i32) -> Result<usize> {
+    let info = guest.option(fd, libc::SOL_SOCKET, SO_MEMINFO, SK_MEMINFO_VARS * 4)?;
+    let at = SK_MEMINFO_RMEM_ALLOC * 4;
+    let value = info.get(at..at + 4).context("SO_MEMINFO is too short")?;
+    Ok(u32::from_ne_bytes(value.try_into()?) as usize)
+}
+
+/// A peer that fills the receive buffer with packets of one byte makes the guest hold little more than the buffer.
+pub fn memory_of_small_packets(lab: &Lab) -> Result<()> {
+    for kind in [STREAM, SEQPACKET] {
+        let guest = lab.guest()?;
+        let listener = guest.socket(kind)?;
+        let buffer = 64 * 1024;
+        // SO_VM_SOCKETS_BUFFER_SIZE, which connections of the listener have, too.
+        let size = (buffer as u64).to_ne_bytes();
+        guest.set_option(listener, libc::AF_VSOCK, 0, &size)?;
+        guest.bind(listener, CID_ANY, PORT)?;
+        guest.listen(listener, 1)?;
+        let peer = Peer::connect_kind(&guest, kind)?;
+        let fd = guest.accept(listener)?;
+        let mut small = peer.packet(Op::RW);
+        small.payload = vec![b'x'];
+        if kind == SEQPACKET {
+            small.socket_type = TYPE_SEQPACKET;
+            small.flags = SEQ_EOM;
+        }
+        for _ in 0..buffer {
+            guest.device.inject(small.clone());
+        }
+        guest.device.wait_delivered(LIMIT)?;
+        wait_for("the guest to have received them", || {
+            Ok(guest.siocinq(fd)? == buffer)
+        })?;
+        let memory = receive_memory(&guest, fd)?;
+        // The bound of Documentation/data-path.md.
+        let bound = 5 * buffer as usize + 4096;
+        ensure!(
+            memory > 0 && memory <= bound,
+            "{buffer} bytes in packets of one byte take {memory} bytes of memory, the bound is {bound}"
+        );
+        // Nothing of it is lost, and its memory comes back.
+        let expected = if kind == SEQPACKET { 1 } else { 100 };
+        expect_eq("recv()", guest.recv_len(fd, 100)?, expected)?;
+        guest.close(fd)?;
+        expect_eq("the guest's CID", guest.local_cid()?, GUEST_CID)?;
+    }
+    Ok(())
+}
