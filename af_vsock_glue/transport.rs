@@ -564,14 +564,15 @@ extern "C" fn read_skb<T: Transport>(vsk: Vsk, actor: bindings::skb_read_actor_t
     from_result(|| unsafe {
         with_socket::<T, _>(vsk, |context, socket, connection| {
             let actor = actor.ok_or(EINVAL)?;
-            let mut taken = 0;
+            let mut taken: c_int = 0;
             while let Some(packet) = context.take_packet(socket, connection) {
                 let packet = packet.into_raw();
                 // Nothing of ours is shown to a program.
                 bindings::vsock_glue_clear_cb(packet);
                 // The packet is the actor's, also where it fails.
                 match actor(socket.as_sock(), packet) {
-                    len if len >= 0 => taken += len,
+                    // The sum tells whether there was something; a socket may hold more than it can say.
+                    len if len >= 0 => taken = taken.saturating_add(len),
                     error if taken == 0 => return Err(Error::from_errno(error)),
                     _ => break,
                 }
