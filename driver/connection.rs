@@ -334,15 +334,19 @@ impl Connection {
     }
 
     /// Bytes that the device has not taken yet.
-    pub(crate) fn unsent(&self) -> usize {
+    fn unsent(&self) -> usize {
         usize::try_from(self.unsent.load(Relaxed)).unwrap_or(0)
+    }
+
+    /// The same, for a task that waits for fewer. The core has put it into the list of those to wake, without a barrier;
+    /// whoever lowers the count without the socket's lock looks at that list afterwards.
+    pub(crate) fn unsent_for_waiter(&self) -> usize {
+        usize::try_from(self.unsent.fetch_add(0, Full)).unwrap_or(0)
     }
 
     /// Bytes that can be sent.
     pub(crate) fn writable(&self) -> u32 {
-        // The core has put a writer into the list of those to wake, without a barrier. Whoever lowers `unsent` without
-        // the socket's lock looks at that list afterwards.
-        let unsent = usize::try_from(self.unsent.fetch_add(0, Full)).unwrap_or(0);
+        let unsent = self.unsent_for_waiter();
         self.state.lock().sendable(unsent)
     }
 

@@ -296,8 +296,10 @@ impl Transport for VsockDriver {
     }
 
     fn unsent(connection: &Connection) -> usize {
+        // First, for it has the barrier.
+        let unsent = connection.unsent_for_waiter();
         match connection.reset_state() {
-            ResetState::No => connection.unsent(),
+            ResetState::No => unsent,
             // What the device still has of it goes nowhere, and a close() that lingers need not wait for it.
             ResetState::Untold | ResetState::Told => 0,
         }
