@@ -538,7 +538,8 @@ impl<C, D: Direction> Virtqueue<C, D> {
             let skb = unsafe { SkBuff::from_raw(NonNull::new_unchecked(skb)) };
             let error = match error {
                 code::ENOSPC => PushError::Full,
-                code::ENOMEM if !self.is_broken() => PushError::NoMemory,
+                // Where it cannot be mapped now, a split ring says ENOMEM and a packed one EIO.
+                code::ENOMEM | code::EIO if !self.is_broken() => PushError::NoMemory,
                 error => PushError::Failed(error),
             };
             (skb, error)
