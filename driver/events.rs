@@ -155,6 +155,10 @@ impl VsockDriver {
         let Some(events) = (*guard).as_mut() else {
             return;
         };
+        if events.posted == 0 {
+            // There was no memory for even one buffer, and no interrupt will come.
+            events.fill();
+        }
         let mut budget = BUDGET;
         loop {
             events.queue.disable_interrupts();
