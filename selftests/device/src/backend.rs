@@ -2,29 +2,21 @@
 
 //! The virtqueues, as QEMU's vhost-user frontend drives them.
 
-use std::io::{Read, Result, Write};
-use std::sync::atomic::Ordering;
+use std::io::Result;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost_user_backend::{VhostUserBackend, VringRwLock, VringT};
-use virtio_bindings::bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
-};
-use virtio_queue::{DescriptorChain, QueueOwnedT, QueueT};
-use vm_memory::{
-    Address, Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryLoadGuard,
-    GuestMemoryMmap,
-};
+use vhost_user_backend::{VhostUserBackend, VringT};
+use virtio_bindings::bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
+use virtio_queue::QueueT;
+use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
 
 use crate::device::{lock, ForGuest, Queue, Shared, State};
 use crate::packet::Packet;
+use crate::ring::{Memory, Ring, RingState, Vring};
 use crate::update::set_rx_used;
-
-type Memory = GuestMemoryAtomic<GuestMemoryMmap<()>>;
-type Chain = DescriptorChain<GuestMemoryLoadGuard<GuestMemoryMmap<()>>>;
 
 const RX: usize = 0;
 const TX: usize = 1;
@@ -42,6 +34,9 @@ pub(crate) struct Backend {
     /// The device that has the virtqueues at the moment.
     device: Mutex<Arc<Shared>>,
     memory: Memory,
+    /// Whether the driver has accepted packed rings.
+    has_packed_rings: AtomicBool,
+    rings: [RingState; QUEUES],
 }
 
 impl Backend {
@@ -49,6 +44,8 @@ impl Backend {
         Self {
             device: Mutex::new(device),
             memory,
+            has_packed_rings: AtomicBool::new(false),
+            rings: Default::default(),
         }
     }
 
@@ -61,71 +58,29 @@ impl Backend {
         *lock(&self.device) = device;
     }
 
-    fn pop(&self, vring: &VringRwLock<Memory>) -> Option<Chain> {
-        vring
-            .get_mut()
-            .get_queue_mut()
-            .pop_descriptor_chain(self.memory.memory())
-    }
-
-    fn unpop(&self, vring: &VringRwLock<Memory>) {
-        vring.get_mut().get_queue_mut().go_to_previous_position();
-    }
-
-    /// Buffers in the available ring that were not taken.
-    fn posted(&self, vring: &VringRwLock<Memory>) -> u16 {
-        let state = vring.get_ref();
-        let queue = state.get_queue();
-        if !queue.ready() {
-            return 0;
-        }
-        queue
-            .avail_idx(&*self.memory.memory(), Ordering::Acquire)
-            .map_or(0, |avail| avail.0.wrapping_sub(queue.next_avail()))
-    }
-
-    /// Writes a used ring's next entry as it was asked for: the crates would refuse what no driver has posted.
-    fn forge_completion(&self, vring: &VringRwLock<Memory>, descriptor: u16, len: u32) {
-        let mut state = vring.get_mut();
-        let queue = state.get_queue_mut();
-        let memory = self.memory.memory();
-        let used_ring = GuestAddress(queue.used_ring());
-        let next = queue.next_used();
-        // After the ring's flags and index, 4 bytes, come entries of 8.
-        let entry = used_ring.unchecked_add(4 + u64::from(next % queue.size()) * 8);
-        let next = next.wrapping_add(1);
-        memory
-            .write_obj(
-                (u64::from(descriptor) | (u64::from(len) << 32)).to_le(),
-                entry,
-            )
-            .and_then(|()| {
-                memory.store(next.to_le(), used_ring.unchecked_add(2), Ordering::Release)
-            })
-            .expect("the used ring is in the guest's memory");
-        queue.set_next_used(next);
+    fn ring<'a>(&'a self, vrings: &'a [Vring], queue: usize) -> Ring<'a> {
+        Ring::new(
+            &vrings[queue],
+            &self.rings[queue],
+            self.memory.memory(),
+            self.has_packed_rings.load(Ordering::Relaxed),
+        )
     }
 
     /// Takes packets from the guest.
-    fn process_tx(&self, device: &Arc<Shared>, vring: &VringRwLock<Memory>) -> bool {
+    fn process_tx(&self, device: &Arc<Shared>, ring: &Ring<'_>) -> bool {
         let mut used = false;
         loop {
             if lock(&device.state).hold_tx || device.switch.is_congested_for(device) {
                 return used;
             }
-            let Some(chain) = self.pop(vring) else {
+            let Some(buffer) = ring.pop() else {
                 return used;
             };
-            let head = chain.head_index();
-            let memory = self.memory.memory();
-            let mut bytes = Vec::new();
-            let read = chain
-                .reader(&*memory)
-                .map_err(std::io::Error::other)
-                .and_then(|mut reader| reader.read_to_end(&mut bytes));
-            let _ = vring.add_used(head, 0);
+            let bytes = buffer.read(&self.memory.memory());
+            ring.add_used(&buffer, 0);
             used = true;
-            if read.is_ok() {
+            if let Ok(bytes) = bytes {
                 if let Some(packet) = Packet::from_bytes(&bytes) {
                     packet_from_guest(device, packet);
                 }
@@ -134,40 +89,33 @@ impl Backend {
     }
 
     /// Gives packets to the guest.
-    fn process_rx(&self, vring: &VringRwLock<Memory>, state: &mut State) -> bool {
+    fn process_rx(&self, ring: &Ring<'_>, state: &mut State) -> bool {
         let mut used = false;
         while !state.hold_rx && state.update_parts == 0 && !state.for_guest.is_empty() {
             if let Some(ForGuest::Update(parts)) = state.for_guest.front_mut() {
                 let mut parts = std::mem::take(parts);
-                let rx_used = vring.get_ref().get_queue().next_used();
                 for part in &mut parts {
-                    set_rx_used(part, rx_used);
+                    set_rx_used(part, ring.used());
                 }
                 state.for_guest.pop_front();
                 state.update_parts = parts.len();
                 state.events.extend(parts);
                 continue;
             }
-            let Some(chain) = self.pop(vring) else {
+            let Some(buffer) = ring.pop() else {
                 break;
-            };
-            let head = chain.head_index();
-            let memory = self.memory.memory();
-            let Ok(mut writer) = chain.writer(&*memory) else {
-                let _ = vring.add_used(head, 0);
-                continue;
             };
             let (bytes, used_len) = match state.for_guest.pop_front() {
                 // It is none of these, as was looked at above.
                 None | Some(ForGuest::Update(_)) => {
-                    self.unpop(vring);
+                    ring.unpop(&buffer);
                     break;
                 }
                 Some(ForGuest::Raw { bytes, used_len }) => (bytes, used_len),
                 Some(ForGuest::Packet(packet)) => {
-                    let Some((packet, rest)) = packet.split_to_fit(writer.available_bytes()) else {
+                    let Some((packet, rest)) = packet.split_to_fit(buffer.room()) else {
                         // No packet fits, so the buffer goes back empty and the packet is lost.
-                        let _ = vring.add_used(head, 0);
+                        ring.add_used(&buffer, 0);
                         continue;
                     };
                     if let Some(rest) = rest {
@@ -176,34 +124,23 @@ impl Backend {
                     (packet.to_bytes(), None)
                 }
             };
-            let len = bytes.len().min(writer.available_bytes());
-            let written = writer.write_all(&bytes[..len]).map_or(0, |()| len as u32);
-            let _ = vring.add_used(head, used_len.unwrap_or(written));
+            let written = buffer.write(&self.memory.memory(), &bytes).unwrap_or(0);
+            ring.add_used(&buffer, used_len.unwrap_or(written));
             used = true;
         }
         used
     }
 
     /// Gives events to the guest; one without a buffer waits.
-    fn process_events(
-        &self,
-        device: &Shared,
-        vring: &VringRwLock<Memory>,
-        state: &mut State,
-    ) -> bool {
+    fn process_events(&self, device: &Shared, ring: &Ring<'_>, state: &mut State) -> bool {
         let mut used = false;
         while !state.hold_events && !state.events.is_empty() {
-            let Some(chain) = self.pop(vring) else {
+            let Some(buffer) = ring.pop() else {
                 break;
             };
-            let head = chain.head_index();
-            let memory = self.memory.memory();
             let event = state.events.pop_front().unwrap_or_default();
-            let written = chain.writer(&*memory).map_or(0, |mut writer| {
-                let len = event.len().min(writer.available_bytes());
-                writer.write_all(&event[..len]).map_or(0, |()| len as u32)
-            });
-            let _ = vring.add_used(head, written);
+            let written = buffer.write(&self.memory.memory(), &event).unwrap_or(0);
+            ring.add_used(&buffer, written);
             if state.events.len() < state.update_parts {
                 state.update_parts -= 1;
                 if state.update_parts == 0 {
@@ -216,48 +153,49 @@ impl Backend {
         used
     }
 
-    fn process_all(&self, device: &Arc<Shared>, vrings: &[VringRwLock<Memory>]) -> Result<()> {
+    fn process_all(&self, device: &Arc<Shared>, vrings: &[Vring]) -> Result<()> {
         if lock(&device.state).stopped {
             return Ok(());
         }
         let was_congested = device.is_congested();
+        let rings: [Ring<'_>; QUEUES] = std::array::from_fn(|queue| self.ring(vrings, queue));
         loop {
-            for vring in vrings {
-                let _ = vring.disable_notification();
+            for ring in &rings {
+                ring.disable_notification();
             }
             let mut used = [false; QUEUES];
             let silent_events;
-            used[TX] = self.process_tx(device, &vrings[TX]);
+            used[TX] = self.process_tx(device, &rings[TX]);
             {
                 let mut state = lock(&device.state);
-                used[RX] = self.process_rx(&vrings[RX], &mut state);
-                used[EVENT] = self.process_events(device, &vrings[EVENT], &mut state);
+                used[RX] = self.process_rx(&rings[RX], &mut state);
+                used[EVENT] = self.process_events(device, &rings[EVENT], &mut state);
                 while let Some((queue, descriptor, len)) = state.forged_completions.pop_front() {
                     let queue = match queue {
                         Queue::Rx => RX,
                         Queue::Tx => TX,
                         Queue::Event => EVENT,
                     };
-                    self.forge_completion(&vrings[queue], descriptor, len);
+                    rings[queue].forge_used(descriptor, len);
                     used[queue] = true;
                 }
                 silent_events = std::mem::take(&mut state.silent_events);
-                state.posted = (self.posted(&vrings[RX]), self.posted(&vrings[EVENT]));
+                state.posted = (rings[RX].posted(), rings[EVENT].posted());
                 state.started = true;
                 // What the guest had sent by now was taken.
                 state.stopped |= state.stopping;
                 device.changed.notify_all();
             }
-            for (queue, vring) in vrings.iter().enumerate() {
+            for (queue, ring) in rings.iter().enumerate() {
                 let silent = queue == EVENT && silent_events;
-                if used[queue] && !silent && vring.needs_notification().unwrap_or(true) {
-                    vring.signal_used_queue()?;
+                if used[queue] && !silent && ring.needs_notification() {
+                    ring.interrupt()?;
                 }
             }
             // Whatever the guest added before it knew that it has to notify is looked at now.
             let mut more = false;
-            for vring in vrings {
-                more |= vring.enable_notification().unwrap_or(false);
+            for ring in &rings {
+                more |= ring.enable_notification();
             }
             // Without progress, what is there waits for somebody else, who wakes this device.
             if !more || used == [false; QUEUES] || lock(&device.state).stopped {
@@ -286,7 +224,7 @@ fn packet_from_guest(device: &Arc<Shared>, packet: Packet) {
 
 impl VhostUserBackend for Backend {
     type Bitmap = ();
-    type Vring = VringRwLock<Memory>;
+    type Vring = Vring;
 
     fn num_queues(&self) -> usize {
         QUEUES
@@ -298,10 +236,15 @@ impl VhostUserBackend for Backend {
 
     fn features(&self) -> u64 {
         (1 << VIRTIO_F_VERSION_1)
-            | (1 << VIRTIO_RING_F_EVENT_IDX)
-            | (1 << VIRTIO_RING_F_INDIRECT_DESC)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
             | self.device().features
+    }
+
+    fn acked_features(&self, features: u64) {
+        // QEMU sends them when the driver begins.
+        let is_packed = features & (1 << VIRTIO_F_RING_PACKED) != 0;
+        self.has_packed_rings.store(is_packed, Ordering::Relaxed);
+        self.rings.iter().for_each(RingState::reset);
     }
 
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
@@ -335,7 +278,7 @@ impl VhostUserBackend for Backend {
         &self,
         device_event: u16,
         _events: EventSet,
-        vrings: &[VringRwLock<Memory>],
+        vrings: &[Vring],
         _thread: usize,
     ) -> Result<()> {
         let device = self.device();

@@ -12,6 +12,10 @@ use std::time::{Duration, Instant};
 use anyhow::{bail, Context, Result};
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
+use virtio_bindings::bindings::virtio_config::VIRTIO_F_RING_PACKED;
+use virtio_bindings::bindings::virtio_ring::{
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC,
+};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
@@ -28,6 +32,18 @@ const CONGESTED: usize = 512;
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
 const EVENT_TRANSPORT_RESET: u32 = 0;
+
+/// `VIRTIO_F_INDIRECT_DESC`.
+pub const FEATURE_INDIRECT_DESC: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
+
+/// `VIRTIO_F_EVENT_IDX`.
+pub const FEATURE_EVENT_IDX: u64 = 1 << VIRTIO_RING_F_EVENT_IDX;
+
+/// What rings of a device can do that nothing else is said of.
+pub const RING_FEATURES: u64 = FEATURE_EVENT_IDX | FEATURE_INDIRECT_DESC;
+
+/// `VIRTIO_F_RING_PACKED`: rings of the packed layout.
+pub const FEATURE_RING_PACKED: u64 = 1 << VIRTIO_F_RING_PACKED;
 
 /// Locks a mutex. What it guards stays consistent when a thread panics, so poison does not matter.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -47,7 +63,7 @@ pub struct DeviceConfig {
     pub uds_path: Option<PathBuf>,
     /// The host's CID.
     pub host_cid: u64,
-    /// Feature bits to offer besides those of the rings: `VIRTIO_VSOCK_F_*`, and others of virtio.
+    /// Feature bits to offer besides `VIRTIO_F_VERSION_1`, those of the rings among them.
     pub features: u64,
 }
 
@@ -59,7 +75,7 @@ impl DeviceConfig {
             guest_cid,
             uds_path: None,
             host_cid: HOST_CID,
-            features: 0b11,
+            features: RING_FEATURES | 0b11,
         }
     }
 }

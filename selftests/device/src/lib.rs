@@ -12,6 +12,8 @@
 //! | [`packet`] | a packet, to and from bytes |
 //! | [`device`] | the handle that tests hold: inject, observe, hold back, reset |
 //! | [`backend`] | the virtqueues, as QEMU's frontend drives them |
+//! | [`ring`] | a virtqueue, whatever the layout of its ring |
+//! | [`packed`] | the packed layout, which the library does not know |
 //! | [`update`] | the event that says which connections go on after a migration |
 //! | [`switch`] | which packet goes where |
 //! | [`blob`] | the host's end of a connection as bytes, for another device |
@@ -21,7 +23,9 @@ pub mod backend;
 pub mod blob;
 pub mod bridge;
 pub mod device;
+pub mod packed;
 pub mod packet;
+pub mod ring;
 pub mod switch;
 pub mod update;
 

@@ -6,12 +6,14 @@ use std::collections::HashMap;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::json;
+use vsock_device::device::{FEATURE_RING_PACKED, RING_FEATURES};
 use vsock_device::packet::{TYPE_SEQPACKET, TYPE_STREAM};
 use vsock_device::update::FEATURE_CHECKPOINT;
 use vsock_device::{Device, DeviceConfig, Op, Packet, Switch, HOST_CID};
@@ -51,6 +53,8 @@ pub struct Lab<'a> {
     dir: PathBuf,
     switch: Arc<Switch>,
     machines: Mutex<Vec<Arc<Machine>>>,
+    /// What the rings of devices can do.
+    ring_features: AtomicU64,
 }
 
 impl<'a> Lab<'a> {
@@ -61,7 +65,18 @@ impl<'a> Lab<'a> {
             dir: env.run_dir(&test.replace("::", "."))?,
             switch: Switch::new(),
             machines: Mutex::default(),
+            ring_features: AtomicU64::new(RING_FEATURES),
         })
+    }
+
+    /// What the rings of devices can do.
+    pub fn ring_features(&self) -> u64 {
+        self.ring_features.load(Ordering::Relaxed)
+    }
+
+    /// Changes what the rings of all devices can do that are made from now on.
+    pub fn set_ring_features(&self, features: u64) {
+        self.ring_features.store(features, Ordering::Relaxed);
     }
 
     /// Removes the files of a test that has passed.
@@ -153,6 +168,8 @@ impl<'a> Lab<'a> {
         let socket = self.dir.join(format!("{name}.vhost"));
         let mut config = DeviceConfig::new(socket, u64::from(cid));
         config.uds_path = Some(self.dir.join(format!("{name}.uds")));
+        config.features &= !RING_FEATURES;
+        config.features |= self.ring_features();
         config
     }
 
@@ -219,15 +236,22 @@ impl<'a> Lab<'a> {
         crate::lock(&self.machines).push(machine.clone());
         // It is large, and not needed any more.
         let _ = std::fs::remove_file(image);
-        if has_driver {
-            device.wait_ready(LIMIT)?;
-        }
-        Ok(Guest {
+        let guest = Guest {
             machine,
             device,
             uds: config.uds_path.unwrap_or_default(),
             cid,
-        })
+        };
+        if has_driver {
+            guest.device.wait_ready(LIMIT)?;
+            let rings = RING_FEATURES | FEATURE_RING_PACKED;
+            expect_eq(
+                "features of the rings",
+                guest.features()? & rings,
+                config.features & rings,
+            )?;
+        }
+        Ok(guest)
     }
 }
 
@@ -264,6 +288,14 @@ impl Guest {
 
     pub fn sh(&self, script: &str) -> Result<String> {
         sh_ok(&self.machine.agent, script, LIMIT)
+    }
+
+    /// The features that driver and device agreed on.
+    pub fn features(&self) -> Result<u64> {
+        // A character for each bit, the lowest first.
+        let bits = self.sh("cat /sys/bus/virtio/drivers/*vsock*/virtio*/features")?;
+        let bit = |(at, is): (usize, char)| u64::from(is == '1') << at;
+        Ok(bits.trim().chars().enumerate().map(bit).sum())
     }
 
     /// A socket that receives the kernel's uevents.

@@ -17,6 +17,8 @@ mod sharing;
 mod stream;
 mod units;
 
+use vsock_device::device::{FEATURE_RING_PACKED, RING_FEATURES};
+
 use crate::machine::Env;
 use crate::runner::Test;
 
@@ -31,6 +33,21 @@ macro_rules! tests {
     };
 }
 
+/// Tests that are run once more on packed rings.
+macro_rules! tests_on_packed_rings {
+    ($($module:ident: $($name:ident),+;)+) => {
+        const ON_PACKED_RINGS: &[Test] = &[
+            $($(Test {
+                name: concat!("packed_rings::", stringify!($module), "::", stringify!($name)),
+                run: |lab| {
+                    lab.set_ring_features(RING_FEATURES | FEATURE_RING_PACKED);
+                    $module::$name(lab)
+                },
+            },)+)+
+        ];
+    };
+}
+
 /// Tests for kernels that can let allocations fail.
 const WITH_FAULT_INJECTION: &[Test] = &[Test {
     name: "faults::probe",
@@ -39,7 +56,7 @@ const WITH_FAULT_INJECTION: &[Test] = &[Test {
 
 /// All tests that a kernel is able to run.
 pub fn all(env: &Env) -> Vec<&'static Test> {
-    let mut tests: Vec<&Test> = ON_ANY_KERNEL.iter().collect();
+    let mut tests: Vec<&Test> = ON_ANY_KERNEL.iter().chain(ON_PACKED_RINGS).collect();
     if env.has_option("CONFIG_FAULT_INJECTION") {
         tests.extend(WITH_FAULT_INJECTION);
     }
@@ -62,10 +79,21 @@ tests! {
     units: migrated_service, journal_is_forwarded;
     sharing: fairness, order_is_kept, memory_of_small_packets;
     namespaces: global_mode, local_mode;
-    hardware: ring_sizes, plain_rings, platform_dma, mmio;
+    hardware: ring_sizes, without_ring_features, platform_dma, mmio;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
         hotplug, two_devices, suspend;
     observe: vsockmon, tracepoints, diagnostics, sockmap;
     hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, tx_not_consumed,
         reply_flood;
+}
+
+tests_on_packed_rings! {
+    stream: over_the_bridge, between_guests, many_connections;
+    reset: new_cid, request_before_event;
+    checkpoint: packets_before_and_after, behind_a_flood, again_and_again;
+    migration: streams_go_on;
+    sharing: fairness;
+    hardware: ring_sizes, without_ring_features, platform_dma, mmio;
+    lifecycle: unbind_in_a_loop, hotplug, suspend;
+    hostile: malformed_packets, forged_completions;
 }
