@@ -46,11 +46,13 @@ type Waiting = Arc<Mutex<HashMap<u64, Sender<Answer>>>>;
 /// The id under which an agent's announcement is waited for; no call has it.
 const READY: u64 = 0;
 
+/// The id of the next call. No two calls have the same one: an agent of a machine that hibernated answers calls of before.
+static NEXT_ID: AtomicU64 = AtomicU64::new(READY + 1);
+
 /// The agent in a machine. Calls may run side by side.
 pub struct Agent {
     port: Mutex<UnixStream>,
     waiting: Waiting,
-    next_id: AtomicU64,
     ready: Mutex<Pending>,
 }
 
@@ -129,7 +131,6 @@ impl Agent {
         Ok(Self {
             port: Mutex::new(port),
             waiting,
-            next_id: AtomicU64::new(READY + 1),
             ready: Mutex::new(ready),
         })
     }
@@ -146,7 +147,7 @@ impl Agent {
 
     /// Begins a call.
     pub fn start(&self, method: &str, params: Value) -> Pending {
-        let id = self.next_id.fetch_add(1, Ordering::Relaxed);
+        let id = NEXT_ID.fetch_add(1, Ordering::Relaxed);
         let (sender, answer) = channel();
         let what = format!("{method} {params}");
         let mut request = json!({"id": id, "method": method, "params": params}).to_string();

@@ -25,6 +25,10 @@ mount -t debugfs debugfs /sys/kernel/debug
 for module in $(cat /modules/order); do
     insmod /modules/$module || echo "init: loading $module failed" >/dev/kmsg
 done
+for disk in /sys/block/vd*; do
+    # A machine that has hibernated to it goes on from there, and this is never left.
+    [ ! -e $disk/dev ] || cat $disk/dev >/sys/power/resume
+done
 for word in $(cat /proc/cmdline); do
     case $word in
     agent_port=*)

@@ -115,6 +115,9 @@ impl<'a> Lab<'a> {
     /// Boots a guest with the driver under test on special hardware.
     pub fn guest_on(&self, hardware: &Hardware) -> Result<Guest> {
         self.boot(GUEST_CID, hardware, |initramfs| {
+            if hardware.disk.is_some() {
+                initramfs.modules(&["virtio_blk"])?;
+            }
             initramfs.driver(self.driver)
         })
     }

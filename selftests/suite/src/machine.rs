@@ -155,7 +155,13 @@ pub struct Hardware {
     pub kernel_parameters: &'static str,
     /// Whether the agent has a serial port, which works on when the machine was suspended.
     pub agent_on_serial_port: bool,
+    /// A disk of [`DISK_LEN`] bytes in a file of this name in the test's folder; a later machine finds what this one has
+    /// written.
+    pub disk: Option<&'static str>,
 }
+
+/// Length of a machine's disk, in bytes. Its memory fits onto it.
+const DISK_LEN: u64 = 1 << 30;
 
 /// How a device is attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,6 +181,7 @@ impl Default for Hardware {
             device_properties: "",
             kernel_parameters: "",
             agent_on_serial_port: false,
+            disk: None,
         }
     }
 }
@@ -257,6 +264,21 @@ impl Machine {
             Bus::Pci => "virtio-serial-pci",
             Bus::Mmio => "virtio-serial-device",
         };
+        if let Some(disk) = hardware.disk {
+            let path = dir.join(disk);
+            fs::File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&path)
+                .and_then(|file| file.set_len(DISK_LEN))
+                .with_context(|| format!("making the disk {}", path.display()))?;
+            qemu.arg("-drive").arg(format!(
+                "if=none,id=disk,format=raw,file={}",
+                path.display()
+            ));
+            qemu.args(["-device", "virtio-blk-pci,drive=disk"]);
+        }
         if hardware.agent_on_serial_port {
             let path = dir.join(format!("{name}.{}.sock", Agent::PORT_NAME));
             qemu.arg("-serial")

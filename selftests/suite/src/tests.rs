@@ -54,11 +54,20 @@ const WITH_FAULT_INJECTION: &[Test] = &[Test {
     run: faults::probe,
 }];
 
+/// Tests for kernels that can hibernate.
+const WITH_HIBERNATION: &[Test] = &[Test {
+    name: "lifecycle::hibernation",
+    run: lifecycle::hibernation,
+}];
+
 /// All tests that a kernel is able to run.
 pub fn all(env: &Env) -> Vec<&'static Test> {
     let mut tests: Vec<&Test> = ON_ANY_KERNEL.iter().chain(ON_PACKED_RINGS).collect();
     if env.has_option("CONFIG_FAULT_INJECTION") {
         tests.extend(WITH_FAULT_INJECTION);
+    }
+    if env.has_option("CONFIG_HIBERNATION") {
+        tests.extend(WITH_HIBERNATION);
     }
     tests
 }

@@ -2,19 +2,21 @@
 
 //! The module and the device come and go.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
-use anyhow::{ensure, Result};
+use anyhow::{ensure, Context, Result};
 use serde_json::json;
 
-use crate::agent::sh;
+use crate::agent::{sh, Pending};
 use crate::lab::{expect_eq, expect_errno, wait_for, Guest, Lab, GUEST_CID, LIMIT, PORT, STREAM};
 use crate::machine::Hardware;
 use crate::Driver;
 
 /// Finds the device and takes the driver from it, or gives it back.
-const UNBIND: &str = "cd /sys/bus/virtio/drivers/*vsock*/ && basename virtio* >/tmp/device && cat /tmp/device >unbind";
-const BIND: &str = "cd /sys/bus/virtio/drivers/*vsock*/ && cat /tmp/device >bind";
+pub(super) const UNBIND: &str = "cd /sys/bus/virtio/drivers/*vsock*/ && basename virtio* >/tmp/device && cat /tmp/device >unbind";
+pub(super) const BIND: &str = "cd /sys/bus/virtio/drivers/*vsock*/ && cat /tmp/device >bind";
 
 /// With the C driver loaded, ours is refused and says why.
 pub fn c_driver_first(lab: &Lab) -> Result<()> {
@@ -59,30 +61,66 @@ pub fn rust_driver_first(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// A listener and two connections of it, for a reader that blocks and a writer in the middle of much.
-fn busy_connections(guest: &Guest) -> Result<(i32, i32, i32)> {
-    let listener = guest.listener(PORT)?;
-    // The host's ends stay open and are not read.
-    std::mem::forget(guest.connect_from_host(PORT)?);
-    let reader = guest.accept(listener)?;
-    std::mem::forget(guest.connect_from_host(PORT)?);
-    let writer = guest.accept(listener)?;
-    Ok((listener, reader, writer))
+/// A listener and two connections of it, one with a reader that blocks and one with a writer whose data flows.
+struct Busy {
+    listener: i32,
+    reader: i32,
+    writer: i32,
+    reading: Pending,
+    writing: Pending,
 }
 
-/// The device is taken away under blocked calls: they fail, nothing hangs, and it works when it is back.
+impl Busy {
+    /// Makes the connections, and waits until data flows.
+    fn start(guest: &Guest) -> Result<Self> {
+        let listener = guest.listener(PORT)?;
+        // The host's end stays open, and nothing comes from it.
+        std::mem::forget(guest.connect_from_host(PORT)?);
+        let reader = guest.accept(listener)?;
+        let mut at_host = guest.connect_from_host(PORT)?;
+        let writer = guest.accept(listener)?;
+        let (sender, flows) = channel();
+        std::thread::spawn(move || {
+            let mut first = vec![0; 1 << 20];
+            if at_host.read_exact(&mut first).is_ok() {
+                let _ = sender.send(());
+                // Until the device has gone.
+                let _ = std::io::copy(&mut at_host, &mut std::io::sink());
+            }
+        });
+        let busy = Self {
+            listener,
+            reader,
+            writer,
+            reading: guest.start("recv", json!({"fd": reader, "len": 1})),
+            writing: guest.start_send_pattern(writer, 1, u64::MAX),
+        };
+        flows
+            .recv_timeout(LIMIT)
+            .context("waiting for the writer's data at the host")?;
+        Ok(busy)
+    }
+
+    /// That both calls fail, and closes the connections. The listener is left.
+    fn expect_reset(self, guest: &Guest) -> Result<i32> {
+        expect_errno(
+            "the blocked recv()",
+            self.reading.wait::<String>(LIMIT),
+            "ECONNRESET",
+        )?;
+        expect_errno("the send()", self.writing.wait::<u64>(LIMIT), "ECONNRESET")?;
+        guest.close(self.reader)?;
+        guest.close(self.writer)?;
+        Ok(self.listener)
+    }
+}
+
+/// The device is taken away under load: calls fail, nothing hangs, and it works when it is back.
 pub fn unbind_with_traffic(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
-    let (_listener, reader, writer) = busy_connections(&guest)?;
-    let reading = guest.start("recv", json!({"fd": reader, "len": 1}));
-    let writing = guest.start_send_pattern(writer, 1, 1 << 30);
+    let busy = Busy::start(&guest)?;
     guest.sh(UNBIND)?;
-    expect_errno(
-        "the blocked recv()",
-        reading.wait::<String>(LIMIT),
-        "ECONNRESET",
-    )?;
-    expect_errno("the send()", writing.wait::<u64>(LIMIT), "ECONNRESET")?;
+    let listener = busy.expect_reset(&guest)?;
     let fd = guest.socket(STREAM)?;
     expect_errno(
         "connect() without a device",
@@ -93,18 +131,15 @@ pub fn unbind_with_traffic(lab: &Lab) -> Result<()> {
 
     guest.sh(BIND)?;
     wait_for("the CID to be back", || Ok(guest.local_cid()? == GUEST_CID))?;
-    let listener = guest.listener(PORT + 1)?;
-    let _stream = guest.connect_from_host(PORT + 1)?;
+    let _stream = guest.connect_from_host(PORT)?;
     guest.accept(listener)?;
-    guest.close(reader)?;
-    guest.close(writer)?;
     Ok(())
 }
 
-/// rmmod is refused while sockets use the driver, and works when they are closed.
+/// rmmod is refused while sockets use the driver, works when they are closed, and the module can be loaded again.
 pub fn remove_while_in_use(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
-    let (_listener, reader, writer) = busy_connections(&guest)?;
+    let busy = Busy::start(&guest)?;
     let module = lab.driver.module();
     let refused = sh(&guest.machine.agent, &format!("rmmod {module}"), LIMIT)?;
     ensure!(
@@ -112,12 +147,16 @@ pub fn remove_while_in_use(lab: &Lab) -> Result<()> {
         "rmmod has removed a module that sockets use"
     );
     guest.sh(UNBIND)?;
-    guest.close(reader)?;
-    guest.close(writer)?;
-    // Without the device nobody has to be waited for.
+    let listener = busy.expect_reset(&guest)?;
+    // Without the device nobody has to be waited for. The listener stays: no transport is asked about it.
     wait_for("rmmod", || {
         Ok(sh(&guest.machine.agent, &format!("rmmod {module}"), LIMIT)?.status == 0)
-    })
+    })?;
+    guest.sh(&format!("insmod /modules/{module}.ko"))?;
+    guest.device.wait_ready(LIMIT)?;
+    let _stream = guest.connect_from_host(PORT)?;
+    guest.accept(listener)?;
+    Ok(())
 }
 
 /// Unbind and bind again and again, with a connection each time.
@@ -136,22 +175,15 @@ pub fn unbind_in_a_loop(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// The device is unplugged under blocked calls, and another one with another CID plugged in.
+/// The device is unplugged under load, and another one with another CID plugged in.
 pub fn hotplug(lab: &Lab) -> Result<()> {
     let mut guest = lab.guest()?;
     let mut monitor = guest.machine.monitor()?;
     for cid in GUEST_CID + 1..GUEST_CID + 4 {
-        let (listener, reader, writer) = busy_connections(&guest)?;
-        let reading = guest.start("recv", json!({"fd": reader, "len": 1}));
-        let writing = guest.start_send_pattern(writer, 1, 1 << 30);
+        let busy = Busy::start(&guest)?;
         let plugged = format!("vsock{}", guest.cid - GUEST_CID);
         monitor.unplug(&plugged)?;
-        expect_errno(
-            "the blocked recv()",
-            reading.wait::<String>(LIMIT),
-            "ECONNRESET",
-        )?;
-        expect_errno("the send()", writing.wait::<u64>(LIMIT), "ECONNRESET")?;
+        let listener = busy.expect_reset(&guest)?;
 
         let (device, config) = lab.spare_device(cid)?;
         monitor.plug_vsock(&format!("vsock{}", cid - GUEST_CID), &config.socket, 64)?;
@@ -165,10 +197,9 @@ pub fn hotplug(lab: &Lab) -> Result<()> {
         guest.cid = cid;
         // The listener of before is reached through the new device.
         let _stream = guest.connect_from_host(PORT)?;
-        guest.accept(listener)?;
-        for fd in [reader, writer, listener] {
-            guest.close(fd)?;
-        }
+        let fd = guest.accept(listener)?;
+        guest.close(fd)?;
+        guest.close(listener)?;
     }
     Ok(())
 }
@@ -217,4 +248,33 @@ pub fn suspend(lab: &Lab) -> Result<()> {
         guest.close(fd)?;
     }
     Ok(())
+}
+
+/// How long a machine may take to write its memory to its disk.
+const HIBERNATION_LIMIT: Duration = Duration::from_secs(300);
+
+/// The machine hibernates, and goes on as another one with the same disk: connections are reset, listeners work on.
+pub fn hibernation(lab: &Lab) -> Result<()> {
+    // What comes after the first command happens in the later machine; that waits for the agent to be ready.
+    const HIBERNATE: &str = r#"echo disk >/sys/power/state && echo '{"ready": true}' >/dev/ttyS1"#;
+    let hardware = Hardware {
+        agent_on_serial_port: true,
+        disk: Some("swap"),
+        ..Hardware::default()
+    };
+    let before = lab.guest_on(&hardware)?;
+    before.sh("mkswap /dev/vda && swapon /dev/vda")?;
+    let listener = before.listener(PORT)?;
+    let _stream = before.connect_from_host(PORT)?;
+    let fd = before.accept(listener)?;
+    before.start("sh", json!({"script": HIBERNATE}));
+    before.machine.wait_off(HIBERNATION_LIMIT)?;
+
+    let after = lab.guest_on(&hardware)?;
+    expect_errno("recv()", after.recv(fd, 1), "ECONNRESET")?;
+    expect_eq("the CID", after.local_cid()?, GUEST_CID)?;
+    let mut stream = after.connect_from_host(PORT)?;
+    stream.write_all(b"awake")?;
+    let fd = after.accept(listener)?;
+    expect_eq("recv()", after.recv(fd, 99)?, "awake".to_owned())
 }
