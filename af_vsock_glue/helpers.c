@@ -297,6 +297,16 @@ bool vsock_glue_has_feature(const struct virtio_device *vdev, unsigned int featu
 	return virtio_has_feature(vdev, feature);
 }
 
+bool vsock_glue_needs_reset(struct virtio_device *vdev)
+{
+	return vdev->config->get_status(vdev) & VIRTIO_CONFIG_S_NEEDS_RESET;
+}
+
+bool vsock_glue_is_shutting_down(void)
+{
+	return system_state > SYSTEM_RUNNING;
+}
+
 u64 vsock_glue_read_config_le64(struct virtio_device *vdev, unsigned int offset)
 {
 	__le64 value;

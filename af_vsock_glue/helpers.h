@@ -97,6 +97,8 @@ int vsock_glue_find_vqs(struct virtio_device *vdev, unsigned int count, struct v
 void vsock_glue_del_vqs(struct virtio_device *vdev);
 void vsock_glue_device_ready(struct virtio_device *vdev);
 bool vsock_glue_has_feature(const struct virtio_device *vdev, unsigned int feature);
+bool vsock_glue_needs_reset(struct virtio_device *vdev);
+bool vsock_glue_is_shutting_down(void);
 u64 vsock_glue_read_config_le64(struct virtio_device *vdev, unsigned int offset);
 int vsock_glue_add_out(struct virtqueue *vq, struct sk_buff *skb);
 int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb, unsigned int len);

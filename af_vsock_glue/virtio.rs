@@ -39,6 +39,9 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
 
     /// The device has used buffers of a queue. Called in hard interrupt context.
     fn queue_used(this: ArcBorrow<'_, Self>, queue: u32);
+
+    /// The device has changed its status or its configuration space. Called in hard interrupt context.
+    fn config_changed(this: ArcBorrow<'_, Self>);
 }
 
 /// The registration of a virtio driver; dropping it unbinds the driver from its devices.
@@ -91,6 +94,7 @@ impl<T: Driver> Registration<T> {
                     (*slot).remove = Some(Self::remove);
                     (*slot).freeze = Some(Self::freeze);
                     (*slot).restore = Some(Self::restore);
+                    (*slot).config_changed = Some(Self::config_changed);
                     bindings::vsock_glue_set_groups(slot);
                 }
                 // SAFETY: The driver is filled in, and stays where it is until it is unregistered. The
@@ -174,6 +178,12 @@ impl<T: Driver> Registration<T> {
             T::restore(this.context.as_arc_borrow(), &device)?;
             Ok(0)
         })
+    }
+
+    extern "C" fn config_changed(vdev: *mut bindings::virtio_device) {
+        // SAFETY: The core calls between `probe` and `remove`, with a device of ours.
+        let this = unsafe { Self::of(vdev) };
+        T::config_changed(this.context.as_arc_borrow());
     }
 
     extern "C" fn used(vq: *mut bindings::virtqueue) {
@@ -372,6 +382,12 @@ impl LiveDevice {
         unsafe { bindings::vsock_glue_device_ready(self.vdev) }
     }
 
+    /// Whether the device says that it does not work any more until it is reset. May sleep.
+    pub(crate) fn needs_reset(&self) -> bool {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::vsock_glue_needs_reset(self.vdev) }
+    }
+
     /// Reads a little-endian 64-bit field of the device's configuration space. May sleep.
     pub(crate) fn read_config_le64(&self, offset: u32) -> u64 {
         // SAFETY: By the type invariant.
@@ -422,6 +438,12 @@ impl PinnedDrop for LiveDevice {
 pub(crate) struct RawQueue {
     vq: NonNull<bindings::virtqueue>,
     device: Arc<LiveDevice>,
+}
+
+/// Whether the system is being switched off, for which all virtqueues are broken.
+pub(crate) fn is_shutting_down() -> bool {
+    // SAFETY: No preconditions.
+    unsafe { bindings::vsock_glue_is_shutting_down() }
 }
 
 /// Which way the data in a queue's buffers goes.

@@ -10,7 +10,7 @@ use super::{
     VsockDriver, //
 };
 use crate::{
-    af_vsock_glue::virtio::{Device, Driver},
+    af_vsock_glue::virtio::{is_shutting_down, Device, Driver},
     protocol::{feature, queue, SocketTypes},
 };
 use kernel::{
@@ -79,9 +79,43 @@ impl Driver for VsockDriver {
             _ => {}
         }
     }
+
+    fn config_changed(this: ArcBorrow<'_, Self>) {
+        queue_work::<{ work::DEVICE }>(this.into());
+    }
 }
 
 impl VsockDriver {
+    /// Stops using the device where it does not work any more, so that nobody waits for it. Work item; sleeps, and
+    /// takes sockets' locks.
+    ///
+    /// A CID that has changed is not looked at: the event that follows says what becomes of the connections.
+    pub(super) fn check_device(&self) {
+        let _state = self.device.lock();
+        if is_shutting_down() {
+            return;
+        }
+        let Some(failure) = self.failure() else {
+            return;
+        };
+        self.stop();
+        pr_err!("{failure}: all connections were reset. Unbind the device and bind it again to use it\n");
+    }
+
+    /// What is wrong with the device, where there is one.
+    fn failure(&self) -> Option<&'static str> {
+        let rx = self.rx.lock();
+        let rx = (*rx).as_ref()?;
+        if rx.device().needs_reset() {
+            return Some("the device has failed and needs a reset");
+        }
+        let events = self.events.lock();
+        let is_broken = rx.is_broken()
+            || (*events).as_ref().is_some_and(EventQueue::is_broken)
+            || self.tx.is_broken();
+        is_broken.then_some("the device has broken the rules of a virtqueue")
+    }
+
     /// Begins to use a device. Needs the device mutex.
     fn start(self: ArcBorrow<'_, Self>, device: &Device) -> Result {
         let (live, [rx, tx, events]) =

@@ -59,6 +59,11 @@ impl EventQueue {
         })
     }
 
+    /// Whether the device broke the queue's rules.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.queue.is_broken()
+    }
+
     /// The update of CIDs that is under way, and the device.
     pub(super) fn updates_and_device(&mut self) -> (&mut Updates, &LiveDevice) {
         (&mut self.updates, self.queue.device())
@@ -178,7 +183,11 @@ impl VsockDriver {
                 }
                 cond_resched();
             }
-            if events.queue.is_broken() || events.queue.enable_interrupts() {
+            if events.is_broken() {
+                queue_work::<{ work::DEVICE }>(self.clone());
+                break;
+            }
+            if events.queue.enable_interrupts() {
                 break;
             }
         }

@@ -53,6 +53,7 @@ mod work {
     pub(super) const RX: u64 = 0;
     pub(super) const TX: u64 = 1;
     pub(super) const EVENTS: u64 = 2;
+    pub(super) const DEVICE: u64 = 3;
 }
 
 /// The driver's state: the device's queues while there is a device, and what is shared by all sockets.
@@ -87,6 +88,8 @@ pub(crate) struct VsockDriver {
     tx_work: Work<Self, { work::TX }>,
     #[pin]
     event_work: Work<Self, { work::EVENTS }>,
+    #[pin]
+    device_work: Work<Self, { work::DEVICE }>,
 
     statistics: Arc<statistics::Statistics>,
 
@@ -98,6 +101,7 @@ impl_has_work! {
     impl HasWork<Self, { work::RX }> for VsockDriver { self.rx_work }
     impl HasWork<Self, { work::TX }> for VsockDriver { self.tx_work }
     impl HasWork<Self, { work::EVENTS }> for VsockDriver { self.event_work }
+    impl HasWork<Self, { work::DEVICE }> for VsockDriver { self.device_work }
 }
 
 impl WorkItem<{ work::RX }> for VsockDriver {
@@ -124,6 +128,14 @@ impl WorkItem<{ work::EVENTS }> for VsockDriver {
     }
 }
 
+impl WorkItem<{ work::DEVICE }> for VsockDriver {
+    type Pointer = Arc<Self>;
+
+    fn run(this: Arc<Self>) {
+        this.check_device();
+    }
+}
+
 impl VsockDriver {
     /// A driver without a device. `workqueue` has to outlive all uses of the result.
     pub(crate) fn new(
@@ -144,6 +156,7 @@ impl VsockDriver {
                 rx_work <- new_work!("virtio_vsock_rs_rx_work"),
                 tx_work <- new_work!("virtio_vsock_rs_tx_work"),
                 event_work <- new_work!("virtio_vsock_rs_event_work"),
+                device_work <- new_work!("virtio_vsock_rs_device_work"),
                 statistics,
                 workqueue,
             }),

@@ -15,7 +15,7 @@ use crate::{
         monitor::{self, Direction},
         skb::SkBuff,
         socket::{Address, Directions, LockedSocket, Socket, SocketKind, SocketState},
-        virtio::{FromDevice, RawQueue, Virtqueue},
+        virtio::{FromDevice, LiveDevice, RawQueue, Virtqueue},
         workqueue::cond_resched,
     },
     protocol::{
@@ -31,6 +31,9 @@ use kernel::{
 
 /// How many packets one run of the work item takes, so that others get the CPU and the lock.
 const BUDGET: u32 = 256;
+
+/// How many buffers the device has at most, however large its ring is: 2 MiB of memory.
+const MOST_POSTED: u32 = 512;
 
 /// A packet's payload; its header was cut off.
 type ReceivedPayload = SkBuff<()>;
@@ -54,14 +57,29 @@ impl RxQueue {
         }
     }
 
+    /// The device that the queue is of.
+    pub(crate) fn device(&self) -> &LiveDevice {
+        self.queue.device()
+    }
+
+    /// Whether the device broke the queue's rules.
+    pub(crate) fn is_broken(&self) -> bool {
+        self.queue.is_broken()
+    }
+
+    /// How many buffers the device is to have.
+    fn wanted(&self) -> u32 {
+        self.queue.size().min(MOST_POSTED)
+    }
+
     /// Whether the device may send updates of CIDs.
     pub(crate) fn has_updates(&self) -> bool {
         self.has_updates
     }
 
-    /// Gives the device buffers until the queue is full, or memory is short. May sleep.
+    /// Gives the device buffers until it has enough, or memory is short. May sleep.
     pub(crate) fn fill(&mut self) {
-        while self.posted < self.queue.size() {
+        while self.posted < self.wanted() {
             let Ok(buffer) = SkBuff::page_sized(()) else {
                 break;
             };
@@ -74,7 +92,7 @@ impl RxQueue {
     }
 
     fn fill_if_low(&mut self) {
-        if self.posted <= self.queue.size() / 2 {
+        if self.posted <= self.wanted() / 2 {
             self.fill();
         }
     }
@@ -131,13 +149,17 @@ impl VsockDriver {
                     .store(self.rx_handled.load(Relaxed).wrapping_add(1), Relaxed);
                 rx.fill_if_low();
             }
-            if rx.queue.is_broken() || rx.queue.enable_interrupts() {
+            if rx.is_broken() || rx.queue.enable_interrupts() {
                 break;
             }
             cond_resched();
         }
+        if rx.is_broken() {
+            queue_work::<{ work::DEVICE }>(self.clone());
+            return;
+        }
         rx.fill_if_low();
-        if rx.posted == 0 && !rx.queue.is_broken() {
+        if rx.posted == 0 {
             // There was no memory for even one buffer, and no interrupt will come.
             queue_work::<{ work::RX }>(self.clone());
         }

@@ -354,14 +354,15 @@ impl VsockDriver {
         }
     }
 
-    /// What `error` of sending is to an application that has a connection: without the device that has gone too.
+    /// What `error` of sending is to an application that has a connection: where the device has gone, or its virtqueue is
+    /// broken, that has gone too.
     fn error_of_connection(
         &self,
         socket: &LockedSocket<'_>,
         connection: &Connection,
         error: Error,
     ) -> Error {
-        if error != ENODEV {
+        if error != ENODEV && error != EIO {
             return error;
         }
         // Whoever takes the device away comes to this socket later, and to what waits.

@@ -277,6 +277,15 @@ impl Tx {
         self.state.lock().device.take()
     }
 
+    /// Whether the device broke the queue's rules. May sleep.
+    pub(crate) fn is_broken(&self) -> bool {
+        let state = self.state.lock();
+        state
+            .device
+            .as_ref()
+            .is_some_and(|device| device.queue.is_broken())
+    }
+
     /// Frees what waits for a device that is gone. Sleeps.
     pub(crate) fn drop_backlog(&self) {
         let mut state = self.state.lock();
@@ -570,6 +579,7 @@ impl VsockDriver {
             device.queue.kick();
             let (is_broken, is_empty) = (device.queue.is_broken(), device.in_flight == 0);
             if is_broken {
+                queue_work::<{ work::DEVICE }>(self.clone());
                 // Nothing that waits will be taken any more; what is sent from now on fails.
                 let lost = state.take_all_waiting();
                 self.statistics.dropped_tx.add(lost.len());

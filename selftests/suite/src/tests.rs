@@ -88,7 +88,7 @@ tests! {
     units: migrated_service, journal_is_forwarded;
     sharing: fairness, order_is_kept, memory_of_small_packets;
     namespaces: global_mode, local_mode;
-    hardware: ring_sizes, without_ring_features, platform_dma, mmio;
+    hardware: ring_sizes, without_ring_features, platform_dma, mmio, needs_reset;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
         hotplug, two_devices, suspend;
     observe: vsockmon, tracepoints, diagnostics, sockmap;

@@ -2,13 +2,19 @@
 
 //! The device in all forms that virtio has: rings of all sizes, without and with what was negotiated, on every bus.
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
+use serde_json::json;
 
 use vsock_device::device::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC};
 
-use super::stream::exchange_over_the_bridge;
-use crate::lab::{expect_eq, Lab};
+use super::lifecycle::{BIND, UNBIND};
+use super::stream::{exchange_over_the_bridge, HOST};
+use crate::lab::{expect_eq, expect_errno, wait_for, Guest, Lab, CID_ANY, LIMIT, PORT, STREAM};
 use crate::machine::{Bus, Hardware};
+use crate::Driver;
+
+/// The bound on receive buffers of Documentation/data-path.md.
+const MOST_POSTED: u16 = 512;
 
 /// Feature bit of virtio 6.
 const VIRTIO_F_ACCESS_PLATFORM: u32 = 33;
@@ -18,14 +24,24 @@ fn expect_to_work_on(lab: &Lab, hardware: &Hardware) -> Result<()> {
     exchange_over_the_bridge(&guest).with_context(|| format!("with {hardware:?}"))
 }
 
-/// Rings from the smallest to the largest that QEMU has.
+/// Rings from the smallest to the largest that QEMU has. The driver does not fill the largest with receive buffers.
 pub fn ring_sizes(lab: &Lab) -> Result<()> {
     for ring in [1, 2, 4, 16, 1024] {
         let hardware = Hardware {
             ring,
             ..Hardware::default()
         };
-        expect_to_work_on(lab, &hardware)?;
+        let guest = lab.guest_on(&hardware)?;
+        exchange_over_the_bridge(&guest).with_context(|| format!("with {hardware:?}"))?;
+        if lab.driver == Driver::Rs {
+            // They are replaced when half of them are used.
+            let most = MOST_POSTED.min(ring);
+            wait_for(&format!("{most} receive buffers, or half of that"), || {
+                let (rx, _events) = guest.device.posted_buffers();
+                ensure!(rx <= most, "{rx} receive buffers with a ring of {ring}");
+                Ok(rx > most / 2)
+            })?;
+        }
     }
     Ok(())
 }
@@ -65,4 +81,52 @@ pub fn mmio(lab: &Lab) -> Result<()> {
         ..Hardware::default()
     };
     expect_to_work_on(lab, &hardware)
+}
+
+/// Lets a device of virtio-pci fail as QEMU does when a driver breaks the rules: by writing 0 to `queue_enable` of the
+/// common configuration, at the beginning of the third region.
+const LET_DEVICE_FAIL: &str = "device=$(readlink -f /sys/bus/virtio/drivers/*vsock*/virtio*)
+    region=$(sed -n 3p ${device%/*}/resource | cut -d' ' -f1)
+    devmem $((region + 0x1c)) 16 0";
+
+/// The device sets DEVICE_NEEDS_RESET: connections fail, blocked calls too, and it works again when it was unbound and
+/// bound.
+pub fn needs_reset(lab: &Lab) -> Result<()> {
+    let guest = lab.guest_on(&Hardware {
+        kernel_parameters: "iomem=relaxed",
+        ..Hardware::default()
+    })?;
+    let listener = guest.listener(PORT)?;
+    for _ in 0..2 {
+        let _stream = guest.connect_from_host(PORT)?;
+        let fd = guest.accept(listener)?;
+        let reading = guest.start("recv", json!({"fd": fd, "len": 1}));
+        guest.sh(LET_DEVICE_FAIL)?;
+        expect_errno("recv()", reading.wait::<String>(LIMIT), "ECONNRESET")?;
+        expect_out_of_use_and_bind_again(&guest, listener)?;
+        guest.close(fd)?;
+    }
+    let log = guest.machine.log();
+    expect_eq(
+        "reasons in the log",
+        log.matches("needs a reset").count(),
+        2,
+    )
+}
+
+/// That a device has failed and the driver does not use it any more, and that both work again when they are bound again.
+pub(super) fn expect_out_of_use_and_bind_again(guest: &Guest, listener: i32) -> Result<()> {
+    wait_for("the guest to be without a CID", || {
+        Ok(guest.local_cid()? == CID_ANY)
+    })?;
+    let fd = guest.socket(STREAM)?;
+    expect_errno("connect()", guest.connect(fd, HOST, PORT), "ENODEV")?;
+    guest.close(fd)?;
+    guest.sh(UNBIND)?;
+    guest.sh(BIND)?;
+    wait_for("the CID to be back", || Ok(guest.local_cid()? == guest.cid))?;
+    let _stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    guest.close(fd)?;
+    Ok(())
 }

@@ -7,6 +7,7 @@ use serde_json::json;
 use vsock_device::device::Queue;
 use vsock_device::{Op, HOST_CID};
 
+use super::hardware::expect_out_of_use_and_bind_again;
 use crate::agent::sh;
 use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM,
@@ -143,26 +144,29 @@ pub fn wrong_cids(lab: &Lab) -> Result<()> {
     expect_alive(&guest, listener)
 }
 
-/// Buffers used that the device was never given: the queue is dead, calls fail, and the device can be unbound.
+/// Buffers used that the device was never given: the driver stops using the device, connections fail, and it works again
+/// when it was unbound and bound.
 pub fn forged_completions(lab: &Lab) -> Result<()> {
     for queue in [Queue::Rx, Queue::Tx, Queue::Event] {
         let guest = lab.guest()?;
         let listener = guest.listener(PORT)?;
         let _stream = guest.connect_from_host(PORT)?;
-        let fd = guest.accept(listener)?;
+        let reader = guest.accept(listener)?;
+        let reading = guest.start("recv", json!({"fd": reader, "len": 1}));
+        let _other_stream = guest.connect_from_host(PORT)?;
+        let writer = guest.accept(listener)?;
         guest.device.forge_completion(queue, 9999, 1);
         guest.device.forge_completion(queue, 127, 1);
         guest.device.wait_delivered(LIMIT)?;
         wait_for("the kernel's log to tell of it", || {
             // Virtio looks when it looks at the queue: for tx that is the next packet.
-            let _ = guest.send_flags(fd, "x", libc::MSG_DONTWAIT);
+            let _ = guest.send_flags(writer, "x", libc::MSG_DONTWAIT);
             Ok(guest.machine.log().contains("id 9999 out of range"))
         })?;
-        let unbind =
-            "cd /sys/bus/virtio/drivers/*vsock*/ && for d in virtio*; do echo $d >unbind; done";
-        guest.sh(unbind)?;
-        expect_errno("recv() without the device", guest.recv(fd, 1), "ECONNRESET")?;
-        guest.close(fd)?;
+        expect_errno("recv()", reading.wait::<String>(LIMIT), "ECONNRESET")?;
+        expect_out_of_use_and_bind_again(&guest, listener)?;
+        guest.close(reader)?;
+        guest.close(writer)?;
     }
     Ok(())
 }

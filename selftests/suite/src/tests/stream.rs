@@ -15,7 +15,7 @@ use crate::lab::{
 };
 use crate::Driver;
 
-const HOST: u32 = HOST_CID as u32;
+pub(super) const HOST: u32 = HOST_CID as u32;
 
 /// How much goes each way where the amount matters, in bytes.
 const BULK: u64 = 4 << 20;
