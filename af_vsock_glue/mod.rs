@@ -8,6 +8,7 @@
 //!
 //! | module | what it wraps |
 //! | --- | --- |
+//! | [`errno`] | error numbers of sockets |
 //! | [`skb`] | `struct sk_buff` that has one owner, and queues of them |
 //! | [`message`] | `struct msghdr`, as source and as destination |
 //! | [`monitor`] | vsockmon and tracepoints |
@@ -18,6 +19,7 @@
 //! | [`workqueue`] | a `struct workqueue_struct` of one's own |
 
 mod bindings;
+pub(crate) mod errno;
 pub(crate) mod message;
 pub(crate) mod monitor;
 pub(crate) mod skb;

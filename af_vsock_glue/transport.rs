@@ -6,6 +6,7 @@
 
 use super::{
     bindings,
+    errno::ENOTCONN,
     message::{MessageDest, MessageSource},
     skb::SkBuff,
     socket::{Address, Directions, LockedSocket, Socket},

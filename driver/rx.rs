@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     af_vsock_glue::{
+        errno::{ECONNREFUSED, ECONNRESET, ENOBUFS, EPROTO},
         monitor::{self, Direction},
         skb::SkBuff,
         socket::{Address, Directions, LockedSocket, Socket, SocketKind, SocketState},
@@ -292,10 +293,11 @@ impl VsockDriver {
                     self.send_reset_reply(header);
                 }
                 socket.set_state(SocketState::Closed);
-                socket.fail(match error {
+                let error = match error {
                     ConnectError::Refused => ECONNRESET,
                     ConnectError::Protocol => EPROTO,
-                });
+                };
+                socket.fail(error.into());
             }
             Step::Deliver => self.deliver(socket, connection, header, payload),
             Step::SendCredit => self.send_credit_update(socket, connection, true),
@@ -322,7 +324,7 @@ impl VsockDriver {
     fn try_accept(&self, listener: &LockedSocket<'_>, flow: Flow, header: &Header) -> Result {
         // A listener that is being closed has emptied its queue; what came later would stay there.
         if listener.accept_queue_is_full() || listener.shutdown() == Directions::BOTH {
-            return Err(ECONNREFUSED);
+            return Err(ECONNREFUSED.into());
         }
         let child = listener.create_child().ok_or(ENOMEM)?;
         {
@@ -363,7 +365,7 @@ impl VsockDriver {
         self.statistics.credit_exceeded.increment();
         self.send_final_reset(socket, connection, Message::reply(Op::Rst));
         self.finish_connection(socket, &connection);
-        socket.fail(ENOBUFS);
+        socket.fail(ENOBUFS.into());
         socket.remove_from_tables();
     }
 
@@ -434,7 +436,7 @@ impl VsockDriver {
         } else if socket.state() == SocketState::Established {
             // The socket stays established for the core, which asks before_receive() and before_send().
             socket.set_peer_shutdown(socket.peer_shutdown().with(Directions::SEND));
-            socket.fail(ECONNRESET);
+            socket.fail(ECONNRESET.into());
         }
         socket.remove_from_tables();
         true

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     af_vsock_glue::{
+        errno::{ECONNRESET, ESOCKTNOSUPPORT},
         message::{MessageDest, MessageSource},
         skb::SkBuff,
         socket::{Address, Directions, LockedSocket, Socket, SocketState},
@@ -123,7 +124,7 @@ impl Transport for VsockDriver {
         if connection.has_untold_reader() {
             // The reader's next call learns of the reset.
             connection.note_blocked_reader_told();
-            return Err(ECONNRESET);
+            return Err(ECONNRESET.into());
         }
         Ok(())
     }
@@ -134,7 +135,7 @@ impl Transport for VsockDriver {
                 end_after_reset(socket, connection);
             }
             connection.note_blocked_reader_told();
-            return Err(ECONNRESET);
+            return Err(ECONNRESET.into());
         }
         Ok(())
     }
@@ -168,7 +169,7 @@ impl Transport for VsockDriver {
     ) -> Result<usize> {
         if connection.reset_state() == ResetState::Told && connection.has_untold_reader() {
             connection.note_blocked_reader_told();
-            return Err(ECONNRESET);
+            return Err(ECONNRESET.into());
         }
         tell_of_reset(socket, &connection)?;
         let room = message.remaining();
@@ -210,7 +211,7 @@ impl Transport for VsockDriver {
     ) -> Result<usize> {
         if connection.reset_state() != ResetState::No {
             // A writer that was blocked, where SO_ERROR has told somebody else before.
-            return Err(ECONNRESET);
+            return Err(ECONNRESET.into());
         }
         let credit = connection.take_send_credit(u32::try_from(len).unwrap_or(u32::MAX));
         if credit == 0 && len > 0 {
@@ -369,7 +370,7 @@ impl VsockDriver {
         self.reset_connection(socket, connection);
         tell_of_reset(socket, connection)
             .err()
-            .unwrap_or(ECONNRESET)
+            .unwrap_or(ECONNRESET.into())
     }
 
     /// Says goodbye to the peer of a socket that is being closed.
@@ -439,7 +440,7 @@ impl VsockDriver {
 fn tell_of_reset(socket: &LockedSocket<'_>, connection: &Connection) -> Result {
     // SO_ERROR may have told the application already.
     if connection.reset_state() == ResetState::Untold && end_after_reset(socket, connection) {
-        return Err(ECONNRESET);
+        return Err(ECONNRESET.into());
     }
     Ok(())
 }
