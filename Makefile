@@ -9,7 +9,7 @@ export VSOCK_CACHE
 export MAKE_TARGET = $@
 
 .NOTPARALLEL:
-.PHONY: module kernel-tree demo test bench fuzz check install update clean distclean help
+.PHONY: module kernel-tree demo test test-all bench fuzz check install update clean distclean help
 
 module:
 	@scripts/build-module "$(KDIR)"
@@ -22,6 +22,9 @@ demo:
 
 test:
 	@scripts/run-tests $(TESTS)
+
+test-all:
+	@scripts/test-all $(TESTS)
 
 bench:
 	@scripts/harness bench
@@ -50,6 +53,7 @@ help:
 	@echo 'make kernel-tree  prepare a stock kernel'\''s build tree that has the Rust metadata'
 	@echo 'make demo         set everything up, boot a guest with the module, show it at work'
 	@echo 'make test         all tests; TESTS="name ..." for those whose names contain one of them'
+	@echo 'make test-all     make test on each kernel of the list KERNELS, and a summary'
 	@echo 'make bench        this driver and the C driver side by side'
 	@echo 'make fuzz         the fuzz targets of the protocol, SECONDS=60 for each'
 	@echo 'make check        formats, lints, links'
@@ -63,5 +67,6 @@ help:
 	@echo '  SUITE=trixie-backports  FLAVOUR=cloud-amd64  KERNEL_VERSION=7.3.*   which kernel to test with'
 	@echo '                          (FLAVOUR=debug or kcsan: a kernel of our own, from selftests/kernel/)'
 	@echo '  KERNEL=                 or one whole release, such as 7.3.4+deb13-cloud-amd64'
+	@echo '  KERNELS=                the kernels of test-all; default: selftests/kernel/list'
 	@echo '  MIRROR=                 an apt mirror; default: the one that this machine uses'
 	@echo '  JOBS=$(shell nproc)                  compilers at a time'

@@ -18,6 +18,11 @@ ROOT_PACKAGES=(
 # What comes from SUITE when that is a backports suite; all the rest is from BASE_SUITE, the compilers above all.
 BACKPORTED=(src:linux src:qemu src:seabios)
 
+# A mirror that was not brought up to date for a week or so has package lists that have expired. They are signed all the
+# same, and for tests newer ones are not worth a failure.
+EXPIRED='Release file for .* is expired'
+ACCEPT_EXPIRED='Acquire::Check-Valid-Until "false"'
+
 KEYRING=/usr/share/keyrings/debian-archive-keyring.gpg
 
 # The machine's own Debian mirror; nothing where it has none.
@@ -68,7 +73,7 @@ install_prerequisites() {
 
 # make_root NEW_FOLDER MIRROR: without a mirror mmdebstrap takes Debian's default.
 make_root() {
-    local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences options=() option
+    local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences said=$VSOCK_CACHE/root/said options=() option
     write_root_preferences >"$preferences"
     options+=("--setup-hook=install -D -m 644 '$preferences' \"\$1/etc/apt/preferences.d/kernel-suite\"")
     if [[ $SUITE != "$BASE_SUITE" ]]; then
@@ -79,6 +84,21 @@ make_root() {
     while read -r option; do
         options+=("--aptopt=$option")
     done < <(apt-config dump | grep -iE '^Acquire::https?::' | grep -v ' "";$')
+    # Not `if`: that would switch off `set -e` inside.
+    set +e
+    (set -e && install_root "$new" "$mirror" "${options[@]}") 2>&1 | tee "$said"
+    local status=${PIPESTATUS[0]}
+    set -e
+    ((status != 0)) || return 0
+    grep -qE "$EXPIRED" "$said" || return "$status"
+    discard "$new"
+    install_root "$new" "$mirror" "${options[@]}" --aptopt="$ACCEPT_EXPIRED"
+}
+
+# install_root NEW_FOLDER MIRROR OPTION...
+install_root() {
+    local new=$1 mirror=$2
+    shift 2
     # In namespaces of its own: whatever happens to it, no mount and no process is left.
     unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
         mmdebstrap --variant=apt --mode=root --include="$(IFS=, && say "${ROOT_PACKAGES[*]}")" \
@@ -86,7 +106,7 @@ make_root() {
         --aptopt='APT::Sandbox::User "root"' --skip=cleanup/apt/lists \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
-        "${options[@]}" "$BASE_SUITE" "$new" ${mirror:+"$mirror"}
+        "$@" "$BASE_SUITE" "$new" ${mirror:+"$mirror"}
 }
 
 root_is_complete() {
@@ -103,6 +123,8 @@ ensure_root() {
     mkdir -p "$VSOCK_CACHE/root"
     mirror=$(machine_mirror)
     step "install the toolchain root ($SUITE)" make_root "$new" "$mirror"
+    ! grep -rqF "$ACCEPT_EXPIRED" "$new/etc/apt/apt.conf.d" ||
+        warn "the mirror's package lists of $SUITE have expired; taken all the same: newer packages may be missing"
     say "${ROOT_PACKAGES[*]}" >"$new/.complete"
     mv -T "$new" "$ROOT"
 }
