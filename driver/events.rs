@@ -12,7 +12,7 @@ use crate::{
     },
     protocol::{
         cid::Cid,
-        event::{Event, InvalidEvent, EVENT_LEN, LONG_EVENT_LEN},
+        event::{Event, EVENT_LEN, LONG_EVENT_LEN},
     },
 };
 use kernel::{
@@ -211,9 +211,6 @@ impl VsockDriver {
             }
             Some(Ok(Event::CidUpdate(part))) if has_updates => {
                 self.take_update_part(updates, &part, queue.device());
-            }
-            Some(Err(InvalidEvent::Update)) if has_updates => {
-                self.refuse_update(updates, queue.device());
             }
             Some(_) | None => self.statistics.unknown_events.increment(),
         }

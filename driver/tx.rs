@@ -30,6 +30,7 @@ use crate::{
         MAX_PAYLOAD,
     },
 };
+use core::ops::ControlFlow;
 use kernel::{
     prelude::*,
     sync::{
@@ -399,9 +400,15 @@ impl VsockDriver {
         message: Message,
     ) {
         // Otherwise a new connection between the same ports could overtake it.
-        self.cancel_waiting(&connection);
-        // Out of memory, or without a device, the peer is left to its own timeout.
-        let _ = self.send_control(socket, connection, message);
+        let has_lost_answer = self.cancel_waiting(&connection);
+        let sent = self.send_control(socket, connection, message);
+        if sent.is_err() && has_lost_answer {
+            // The device sends nothing to the peer, and nothing of it, until there is one.
+            if let Ok(header) = self.header(socket, &connection, message.op, message.flags, 0) {
+                self.send_for_sure(&header);
+            }
+        }
+        // Otherwise, out of memory or without a device, the peer is left to its own timeout.
     }
 
     fn send_counted(
@@ -657,11 +664,19 @@ impl VsockDriver {
         drop(waiting);
     }
 
-    /// Frees the packets of a connection that wait. May sleep.
+    /// Frees the packets of a connection that wait; returns whether the answer to an update was one of them. May sleep.
     ///
     /// Where the receiver waits for fewer answers it goes on when the device has used a buffer.
-    pub(crate) fn cancel_waiting(&self, connection: &Connection) {
+    pub(crate) fn cancel_waiting(&self, connection: &Connection) -> bool {
         let waiting = self.tx.state.lock().take_waiting_of(connection);
-        drop(waiting);
+        let is_answer = |packet: &OutgoingPacket| {
+            let header = packet.front().map(Header::parse);
+            header.is_some_and(|header| header.op == Op::CreditRequest)
+        };
+        let answer = waiting.try_for_each(|packet| match is_answer(packet) {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
+        });
+        answer.is_break()
     }
 }

@@ -19,7 +19,7 @@ use crate::{
     },
     protocol::{
         cid::Cid,
-        update::{find, prepare, Collected, Collector, Tuple, Update, UpdatePart},
+        update::{find, prepare, Collected, Collector, Due, Tuple, Update, UpdatePart},
     },
 };
 use kernel::{
@@ -28,13 +28,11 @@ use kernel::{
     sync::{aref::ARef, atomic::Relaxed, Arc, ArcBorrow},
 };
 
-/// The update that the device is sending.
+/// The update that the device is sending, or that has come and waits for packets of before it to be handled.
 pub(super) struct Updates {
     collector: Collector,
     /// Its tuples, as far as they have come.
     tuples: KVVec<Tuple>,
-    /// The update, when it has come and waits for packets of before it to be handled.
-    due: Option<Update>,
 }
 
 impl Updates {
@@ -42,20 +40,19 @@ impl Updates {
         Self {
             collector: Collector::default(),
             tuples: KVVec::new(),
-            due: None,
         }
     }
 
     /// Whether an update has come and was not applied yet.
     pub(super) fn is_due(&self) -> bool {
-        self.due.is_some()
+        self.collector.is_due()
     }
 
-    /// Appends the tuples of a part; fails where one cannot be, or there is no memory.
+    /// Appends the tuples of a part; fails where there is no memory.
     fn append(&mut self, part: &UpdatePart<'_>) -> Result {
         self.tuples.reserve(part.count(), GFP_KERNEL)?;
-        for tuple in part.tuples() {
-            self.tuples.push(tuple.ok_or(EINVAL)?, GFP_KERNEL)?;
+        for tuple in part.tuples().flatten() {
+            self.tuples.push(tuple, GFP_KERNEL)?;
         }
         Ok(())
     }
@@ -68,7 +65,6 @@ impl Updates {
     pub(super) fn discard(&mut self) {
         self.collector.discard();
         self.tuples = KVVec::new();
-        self.due = None;
     }
 }
 
@@ -86,22 +82,17 @@ impl VsockDriver {
         part: &UpdatePart<'_>,
         device: &LiveDevice,
     ) {
-        let refused = match updates.collector.add(part) {
+        let is_refused = match updates.collector.add(part) {
             Collected::OfRefused => {
                 self.reset_listed(part.tuples().flatten());
                 return;
             }
-            Collected::OutOfOrder => true,
-            Collected::More => updates.append(part).is_err(),
-            Collected::Complete(update) => {
-                updates.due = Some(update);
-                updates.append(part).is_err()
-            }
+            Collected::Refused => true,
+            Collected::Taken => updates.append(part).is_err(),
         };
-        if refused {
+        if is_refused {
+            updates.collector.refuse(part);
             self.refuse_update(updates, device);
-            // That there may be more of it is known where it is not the last part.
-            updates.collector.refuse(part.update().generation);
             self.reset_listed(part.tuples().flatten());
         }
     }
@@ -113,20 +104,20 @@ impl VsockDriver {
         updates: &mut Updates,
         device: &LiveDevice,
     ) -> bool {
-        let Some(update) = updates.due else {
-            return true;
-        };
-        if update.rx_used != self.rx_handled.load(Relaxed) as u16 {
-            if !self.update_waits.load(Relaxed) {
-                self.update_waits.store(true, Relaxed);
-                queue_work::<{ work::RX }>(self.clone());
+        let rx_handled = self.rx_handled.load(Relaxed) as u16;
+        let update = match updates.collector.take_due(rx_handled) {
+            Due::Nothing => return true,
+            Due::AfterPackets => {
+                if !self.update_waits.load(Relaxed) {
+                    self.update_waits.store(true, Relaxed);
+                    queue_work::<{ work::RX }>(self.clone());
+                }
+                return false;
             }
-            return false;
-        }
+            Due::Now(update) => update,
+        };
         self.update_waits.store(false, Relaxed);
-        updates.due = None;
-        if self.guest_cid() != Some(update.old_guest_cid)
-            || !prepare(&update, &mut updates.tuples, sort_by_key)
+        if !prepare(&update, self.guest_cid(), &mut updates.tuples, sort_by_key)
             || self.apply(&update, &mut updates.tuples, device).is_err()
         {
             self.refuse_update(updates, device);
@@ -141,7 +132,8 @@ impl VsockDriver {
         let mut guard = self.events.lock();
         if let Some(events) = (*guard).as_mut() {
             let (updates, device) = events.updates_and_device();
-            if updates.due.take().is_some() {
+            if updates.is_due() {
+                updates.collector.discard();
                 self.refuse_update(updates, device);
             }
         }
@@ -156,7 +148,6 @@ impl VsockDriver {
         if may_log() {
             pr_warn!("the device's update of CIDs is not valid, or there is no memory for it\n");
         }
-        updates.due = None;
         let tuples = updates.take_tuples();
         self.transport_reset(device);
         self.reset_listed(tuples.iter().copied());
@@ -268,6 +259,6 @@ fn tuple_of<'a>(
     }
     let remote = socket.remote();
     let host_old_cid = Cid::from_wire(remote.cid.into()).ok()?;
-    find(tuples, host_old_cid, remote.port, socket.local().port)
-        .filter(|tuple| tuple.socket_type == connection.socket_type())
+    let key = (host_old_cid, remote.port, socket.local().port);
+    find(tuples, key, connection.socket_type())
 }

@@ -8,7 +8,7 @@
 use super::header::{Header, Op, SHUTDOWN_BOTH};
 
 /// State of a socket, as far as packets are concerned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum State {
     /// Waits for connections.
     Listening,

@@ -5,7 +5,7 @@
 //! All counters run freely and wrap at 2^32; only differences between them mean anything.
 
 /// What we may send: our view of the peer's receive buffer.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct SendCredit {
     /// Bytes that we have sent since the connection began.
     tx_cnt: u32,
@@ -53,7 +53,7 @@ impl SendCredit {
 /// What the peer may send: our receive buffer.
 ///
 /// The counts are 64 bits wide here, so that they can be compared; on the wire they are cut to 32.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct ReceiveCredit {
     /// Size of our receive buffer.
     buf_alloc: u32,

@@ -22,7 +22,8 @@ const CID_UPDATE: u32 = 1;
 pub enum Event<'a> {
     /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`: all connections are gone and `guest_cid` may have changed.
     TransportReset,
-    /// `VIRTIO_VSOCK_EVENT_CID_UPDATE`: CIDs have changed, and the listed connections are still there.
+    /// `VIRTIO_VSOCK_EVENT_CID_UPDATE`: CIDs have changed, and the listed connections are still there. Whatever has its
+    /// number is one, for the tuples in it want answers: what cannot be is refused by its collector.
     CidUpdate(UpdatePart<'a>),
 }
 
@@ -33,8 +34,6 @@ pub enum InvalidEvent {
     Length(usize),
     /// No event has this number.
     Unknown(u32),
-    /// It is an update of CIDs, and as long as it says, but says what cannot be.
-    Update,
 }
 
 impl<'a> Event<'a> {
@@ -44,12 +43,7 @@ impl<'a> Event<'a> {
         let (id, rest) = bytes.split_first_chunk::<4>().ok_or(wrong_length)?;
         match u32::from_le_bytes(*id) {
             TRANSPORT_RESET if rest.is_empty() => Ok(Event::TransportReset),
-            CID_UPDATE => {
-                let (head, tuples) = rest
-                    .split_first_chunk::<{ CID_UPDATE_LEN - EVENT_LEN }>()
-                    .ok_or(wrong_length)?;
-                parse_update(head, tuples, wrong_length).map(Event::CidUpdate)
-            }
+            CID_UPDATE => Ok(Event::CidUpdate(parse_update(rest))),
             TRANSPORT_RESET => Err(wrong_length),
             _ if bytes.len() != EVENT_LEN => Err(wrong_length),
             other => Err(InvalidEvent::Unknown(other)),
@@ -57,34 +51,25 @@ impl<'a> Event<'a> {
     }
 }
 
-fn parse_update<'a>(
-    head: &[u8; CID_UPDATE_LEN - EVENT_LEN],
-    tuples: &'a [u8],
-    wrong_length: InvalidEvent,
-) -> Result<UpdatePart<'a>, InvalidEvent> {
+fn parse_update(bytes: &[u8]) -> UpdatePart<'_> {
+    const HEAD_LEN: usize = CID_UPDATE_LEN - EVENT_LEN;
+    let (head, tuples) = bytes.split_at_checked(HEAD_LEN).unwrap_or((bytes, &[]));
     let mut fields = Fields(head);
     let generation = fields.le32();
     let (old_guest_cid, new_guest_cid) = (fields.le64(), fields.le64());
     let (total, first, count) = (fields.le32(), fields.le32(), fields.le32());
     let (rx_used, reserved) = (fields.le16(), fields.le16());
-    if usize::try_from(count)
+    let len = usize::try_from(count)
         .ok()
-        .and_then(|count| count.checked_mul(TUPLE_LEN))
-        != Some(tuples.len())
-    {
-        return Err(wrong_length);
-    }
-    let part = UpdatePart::new(
+        .and_then(|count| count.checked_mul(TUPLE_LEN)?.checked_add(HEAD_LEN));
+    UpdatePart::new(
         generation,
         (old_guest_cid, new_guest_cid),
         (total, first, count),
         rx_used,
         tuples,
-    );
-    match part {
-        Some(part) if reserved == 0 => Ok(part),
-        _ => Err(InvalidEvent::Update),
-    }
+        reserved == 0 && len == Some(bytes.len()),
+    )
 }
 
 /// Little-endian fields, one after the other; 0 behind their end.

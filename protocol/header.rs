@@ -20,7 +20,7 @@ pub const SEQ_EOM: u32 = 1;
 pub const SEQ_EOR: u32 = 2;
 
 /// What a packet is for (`VIRTIO_VSOCK_OP_*`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Op {
     /// Asks a listener for a connection.
     Request,
@@ -71,7 +71,7 @@ impl From<Op> for u16 {
 }
 
 /// The kind of socket that a packet belongs to (`VIRTIO_VSOCK_TYPE_*`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum SocketType {
     /// A byte stream (`SOCK_STREAM`).
     Stream,
@@ -102,7 +102,7 @@ impl From<SocketType> for u16 {
 }
 
 /// A packet's header, every field as it is on the wire; nothing in it has been checked.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Header {
     /// CID of the sender.
     pub src_cid: u64,

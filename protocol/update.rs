@@ -2,8 +2,8 @@
 
 //! An update of CIDs: which connections go on after a migration, and by which CIDs (Documentation/checkpoint.md).
 //!
-//! The device sends an update in parts. [`Collector`] takes them in order; [`prepare`] makes the list that
-//! [`find`] searches. Whoever stores the list brings the memory.
+//! The device sends an update in parts. [`Collector`] takes them in order and says when the update is due; [`prepare`]
+//! makes the list that [`find`] searches. Whoever stores the list brings the memory.
 
 use super::{
     cid::Cid,
@@ -18,7 +18,7 @@ pub const TUPLE_LEN: usize = 32;
 pub const MAX_TUPLES: u32 = 65536;
 
 /// A connection that goes on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tuple {
     /// The peer's CID before the update.
     pub host_old_cid: Cid,
@@ -60,10 +60,12 @@ impl Tuple {
         })
     }
 
+    /// The connection before the update.
     fn old_key(&self) -> Key {
         (self.host_old_cid, self.host_port, self.guest_port)
     }
 
+    /// The connection from now on.
     fn new_key(&self) -> Key {
         (self.host_new_cid, self.host_port, self.guest_port)
     }
@@ -85,20 +87,28 @@ impl Tuple {
     }
 }
 
-/// One event's part of an update.
+/// One event's part of an update. What it says need not be possible; [`Collector`] refuses it then.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UpdatePart<'a> {
-    update: Update,
-    /// Tuples in the whole update.
-    total: u32,
+    generation: u32,
     /// Index of the part's first tuple in the whole update.
     first: u32,
-    count: u32,
+    /// `None` where it cannot be.
+    content: Option<Content>,
     tuples: &'a [u8],
 }
 
-/// What an update says besides its tuples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Content {
+    update: Update,
+    /// Tuples in the whole update.
+    total: u32,
+    /// Tuples in the part.
+    count: u32,
+}
+
+/// What an update says besides its tuples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Update {
     /// The same in all parts of an update, and another one in the next.
     pub generation: u32,
@@ -112,56 +122,66 @@ pub struct Update {
 }
 
 impl<'a> UpdatePart<'a> {
-    /// `None` where a CID of the guest is reserved, or the numbers do not fit each other.
+    /// `is_well_formed` says that the part is as long as it says, and that what is reserved is 0.
     pub(super) fn new(
         generation: u32,
         (old_guest_cid, new_guest_cid): (u64, u64),
         (total, first, count): (u32, u32, u32),
         rx_used: u16,
         tuples: &'a [u8],
-    ) -> Option<Self> {
-        let end = first.checked_add(count)?;
-        // Only an update without tuples has a part without any.
-        if total > MAX_TUPLES || end > total || (count == 0) != (total == 0) {
-            return None;
-        }
-        Some(Self {
-            update: Update {
+        is_well_formed: bool,
+    ) -> Self {
+        let content = || {
+            let end = first.checked_add(count)?;
+            // Only an update without tuples has a part without any.
+            if !is_well_formed || total > MAX_TUPLES || end > total || (count == 0) != (total == 0)
+            {
+                return None;
+            }
+            let update = Update {
                 generation,
                 old_guest_cid: Cid::guest_from_config(old_guest_cid).ok()?,
                 new_guest_cid: Cid::guest_from_config(new_guest_cid).ok()?,
                 rx_used,
-            },
-            total,
+            };
+            Some(Content {
+                update,
+                total,
+                count,
+            })
+        };
+        Self {
+            generation,
             first,
-            count,
+            content: content(),
             tuples,
-        })
+        }
     }
 
-    /// What all parts say.
-    pub fn update(&self) -> &Update {
-        &self.update
-    }
-
-    /// How many tuples the part has.
+    /// How many tuples it has.
     pub fn count(&self) -> usize {
-        self.count as usize
+        self.tuples.len() / TUPLE_LEN
     }
 
     /// Its tuples, `None` for those that cannot be.
     pub fn tuples(&self) -> impl Iterator<Item = Option<Tuple>> + 'a {
         tuples(self.tuples)
     }
+
+    /// What it says, where that and all its tuples can be.
+    fn content(&self) -> Option<Content> {
+        self.content
+            .filter(|_| self.tuples().all(|tuple| tuple.is_some()))
+    }
 }
 
-/// Takes the parts of an update in order.
-#[derive(Debug, Default)]
+/// Takes the parts of an update in order, and keeps the update until it can be applied.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Collector {
     state: State,
 }
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 enum State {
     #[default]
     Idle,
@@ -171,6 +191,8 @@ enum State {
         total: u32,
         came: u32,
     },
+    /// All parts have come.
+    Due(Update),
     /// The update of this generation is not applied; the rest of it comes yet.
     Refused { generation: u32 },
 }
@@ -178,74 +200,124 @@ enum State {
 /// What a part is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Collected {
-    /// There are more to come.
-    More,
-    /// It was the last one.
-    Complete(Update),
+    /// The next part of an update that may be applied.
+    Taken,
     /// It belongs to an update that was refused.
     OfRefused,
-    /// It cannot be where it is: the update is refused, and what was collected to be thrown away.
-    OutOfOrder,
+    /// It cannot be, or not where it is: the update is refused, and what was collected to be thrown away.
+    Refused,
+}
+
+/// Whether there is an update to apply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Due {
+    /// None of which all parts have come.
+    Nothing,
+    /// Packets of before the update go first.
+    AfterPackets,
+    /// This one.
+    Now(Update),
 }
 
 impl Collector {
-    /// Takes the next part.
+    /// Takes the next part. An update that [is due](Self::is_due) goes first.
     pub fn add(&mut self, part: &UpdatePart<'_>) -> Collected {
-        let (update, total, came) = match self.state {
+        match self.next(part) {
+            Some(state) => {
+                self.state = state;
+                Collected::Taken
+            }
+            // A device that never changes the generation can still send an update after one that was refused.
+            None if self.state == part.refused() && part.first != 0 => Collected::OfRefused,
+            None => {
+                self.refuse(part);
+                Collected::Refused
+            }
+        }
+    }
+
+    /// The state behind a part, `None` where the part cannot be or cannot be here.
+    fn next(&self, part: &UpdatePart<'_>) -> Option<State> {
+        let Content {
+            update,
+            total,
+            count,
+        } = part.content()?;
+        let came = match self.state {
+            State::Collecting {
+                update: of,
+                total: of_total,
+                came,
+            } if (of, of_total) == (update, total) => came,
+            State::Idle | State::Refused { .. } => 0,
+            State::Collecting { .. } | State::Due(_) => return None,
+        };
+        if part.first != came {
+            return None;
+        }
+        // Not more than `total`, as `UpdatePart::new()` saw to.
+        let came = came + count;
+        Some(if came == total {
+            State::Due(update)
+        } else {
             State::Collecting {
                 update,
                 total,
                 came,
-            } => (update, total, came),
-            State::Refused { generation }
-                if generation == part.update.generation && part.first != 0 =>
-            {
-                return Collected::OfRefused;
             }
-            State::Idle | State::Refused { .. } => (part.update, part.total, 0),
-        };
-        if part.update != update || part.total != total || part.first != came {
-            self.refuse(part.update.generation);
-            return Collected::OutOfOrder;
-        }
-        // Not more than `total`, as `UpdatePart::new()` saw to.
-        let came = came + part.count;
-        if came == total {
-            self.state = State::Idle;
-            return Collected::Complete(update);
-        }
-        self.state = State::Collecting {
-            update,
-            total,
-            came,
-        };
-        Collected::More
+        })
     }
 
-    /// Refuses the update of a generation, of which more parts may come.
-    pub fn refuse(&mut self, generation: u32) {
-        self.state = State::Refused { generation };
+    /// Refuses the update that a part is of; more parts of it may come.
+    pub fn refuse(&mut self, part: &UpdatePart<'_>) {
+        self.state = part.refused();
     }
 
-    /// Forgets what was collected; returns whether there was something.
-    pub fn discard(&mut self) -> bool {
-        let collecting = matches!(self.state, State::Collecting { .. });
+    /// Forgets what was collected, and an update that is due.
+    pub fn discard(&mut self) {
         self.state = State::Idle;
-        collecting
+    }
+
+    /// Whether all parts of an update have come, and it was not taken yet.
+    pub fn is_due(&self) -> bool {
+        matches!(self.state, State::Due(_))
+    }
+
+    /// Takes the update that is due, where all packets of before it were handled: so many buffers of the receive queue,
+    /// modulo 2^16.
+    pub fn take_due(&mut self, rx_handled: u16) -> Due {
+        match self.state {
+            State::Due(update) if update.rx_used == rx_handled => {
+                self.state = State::Idle;
+                Due::Now(update)
+            }
+            State::Due(_) => Due::AfterPackets,
+            _ => Due::Nothing,
+        }
     }
 }
 
-/// Sorts the tuples of an update for [`find`]; returns whether each connection, and each address that connections have
-/// afterwards, is there once, and none is the guest's own. `sort` sorts by what a function makes of a tuple.
+impl UpdatePart<'_> {
+    fn refused(&self) -> State {
+        State::Refused {
+            generation: self.generation,
+        }
+    }
+}
+
+/// Sorts the tuples of an update for [`find`]; returns whether the update can be applied to the guest with `guest_cid`:
+/// whether that is the CID that it changes, and each connection, and each address that connections have afterwards, is
+/// there once, and none is the guest's own. `sort` sorts by what a function makes of a tuple.
 pub fn prepare(
     update: &Update,
+    guest_cid: Option<Cid>,
     tuples: &mut [Tuple],
     sort: impl Fn(&mut [Tuple], fn(&Tuple) -> Key),
 ) -> bool {
     let is_own = |tuple: &Tuple| {
         tuple.host_old_cid == update.old_guest_cid || tuple.host_new_cid == update.new_guest_cid
     };
-    if tuples.iter().any(is_own) {
+    if guest_cid != Some(update.old_guest_cid) || tuples.iter().any(is_own) {
         return false;
     }
     sort(tuples, Tuple::new_key);
@@ -262,14 +334,13 @@ fn has_neighbours(tuples: &[Tuple], key: impl Fn(&Tuple) -> Key) -> bool {
     })
 }
 
-/// Finds the tuple of a connection in a [prepared](prepare) list, by the peer's CID before the update.
-pub fn find(
-    tuples: &mut [Tuple],
-    host_old_cid: Cid,
-    host_port: u32,
-    guest_port: u32,
-) -> Option<&mut Tuple> {
-    let key = (host_old_cid, host_port, guest_port);
-    let at = tuples.binary_search_by_key(&key, Tuple::old_key).ok()?;
-    tuples.get_mut(at)
+/// Finds the tuple of a connection in a [prepared](prepare) list: by the peer's CID before the update, the peer's and
+/// the guest's port, and the kind of the sockets.
+pub fn find(tuples: &mut [Tuple], connection: Key, socket_type: SocketType) -> Option<&mut Tuple> {
+    let at = tuples
+        .binary_search_by_key(&connection, Tuple::old_key)
+        .ok()?;
+    tuples
+        .get_mut(at)
+        .filter(|tuple| tuple.socket_type == socket_type)
 }

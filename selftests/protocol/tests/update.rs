@@ -2,13 +2,19 @@
 
 //! Updates of CIDs: parts in every order, and lists of every content.
 
+#[path = "updates/text.rs"]
+mod text;
+mod updates;
+
 use std::collections::{HashMap, HashSet};
 
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use text::{Operation, Run};
 use vsock_protocol::cid::Cid;
 use vsock_protocol::event::Event;
 use vsock_protocol::header::{Header, Op, SocketType, HEADER_LEN};
-use vsock_protocol::update::{find, prepare, Collected, Collector, Key, Tuple, Update};
+use vsock_protocol::update::{find, prepare, Collected, Collector, Due, Key, Tuple, Update};
 
 fn cid(raw: u64) -> Cid {
     Cid::from_wire(raw).expect("a CID that is not reserved")
@@ -35,9 +41,14 @@ fn update() -> Update {
 }
 
 fn prepared(tuples: &mut [Tuple]) -> bool {
-    prepare(&update(), tuples, |tuples, key: fn(&Tuple) -> Key| {
-        tuples.sort_unstable_by_key(key);
-    })
+    prepare(
+        &update(),
+        Some(cid(3)),
+        tuples,
+        |tuples, key: fn(&Tuple) -> Key| {
+            tuples.sort_unstable_by_key(key);
+        },
+    )
 }
 
 /// An event with `count` tuples of a generation.
@@ -52,7 +63,13 @@ fn event(generation: u32, total: u32, first: u32, count: u32, rx_used: u16) -> V
     }
     bytes.extend(rx_used.to_le_bytes());
     bytes.extend([0; 2]);
-    bytes.resize(40 + 32 * count as usize, 0);
+    for port in first..first + count {
+        bytes.extend(2_u64.to_le_bytes());
+        bytes.extend(2_u64.to_le_bytes());
+        bytes.extend(port.to_le_bytes());
+        bytes.extend(port.to_le_bytes());
+        bytes.extend(1_u64.to_le_bytes());
+    }
     bytes
 }
 
@@ -67,24 +84,22 @@ fn add(collector: &mut Collector, event: &[u8]) -> Collected {
 fn parts_in_order_are_an_update() {
     let mut collector = Collector::default();
     for generation in [1, 2, 1] {
-        assert_eq!(
-            add(&mut collector, &event(generation, 5, 0, 2, 8)),
-            Collected::More
-        );
-        assert_eq!(
-            add(&mut collector, &event(generation, 5, 2, 2, 8)),
-            Collected::More
-        );
-        let Collected::Complete(update) = add(&mut collector, &event(generation, 5, 4, 1, 8))
-        else {
+        for (first, count) in [(0, 2), (2, 2), (4, 1)] {
+            assert_eq!(collector.take_due(8), Due::Nothing);
+            let part = event(generation, 5, first, count, 8);
+            assert_eq!(add(&mut collector, &part), Collected::Taken);
+        }
+        assert!(collector.is_due());
+        // Packets of before it go first.
+        assert_eq!(collector.take_due(7), Due::AfterPackets);
+        let Due::Now(update) = collector.take_due(8) else {
             panic!("the last part is not the last");
         };
         assert_eq!((update.generation, update.rx_used), (generation, 8));
+        assert!(!collector.is_due());
     }
-    assert!(matches!(
-        add(&mut collector, &event(9, 0, 0, 0, 0)),
-        Collected::Complete(_)
-    ));
+    assert_eq!(add(&mut collector, &event(9, 0, 0, 0, 0)), Collected::Taken);
+    assert!(matches!(collector.take_due(0), Due::Now(_)));
 }
 
 #[test]
@@ -99,29 +114,53 @@ fn a_part_out_of_order_refuses_the_update_and_the_rest_of_it() {
     ];
     for wrong in wrong {
         let mut collector = Collector::default();
-        assert_eq!(add(&mut collector, &event(1, 5, 0, 2, 8)), Collected::More);
-        assert_eq!(add(&mut collector, &wrong), Collected::OutOfOrder);
+        assert_eq!(add(&mut collector, &event(1, 5, 0, 2, 8)), Collected::Taken);
+        assert_eq!(add(&mut collector, &wrong), Collected::Refused);
     }
     let mut collector = Collector::default();
     assert_eq!(
         add(&mut collector, &event(1, 5, 1, 1, 8)),
-        Collected::OutOfOrder
+        Collected::Refused
     );
-    assert_eq!(
-        add(&mut collector, &event(1, 5, 2, 1, 8)),
-        Collected::OfRefused
-    );
-    assert_eq!(
-        add(&mut collector, &event(1, 5, 3, 2, 8)),
-        Collected::OfRefused
-    );
+    for (first, count) in [(2, 1), (3, 2)] {
+        assert_eq!(
+            add(&mut collector, &event(1, 5, first, count, 8)),
+            Collected::OfRefused
+        );
+    }
     // The next one is none of its parts.
-    assert_eq!(add(&mut collector, &event(2, 2, 0, 1, 8)), Collected::More);
-    assert!(collector.discard());
-    assert!(!collector.discard());
+    assert_eq!(add(&mut collector, &event(2, 2, 0, 1, 8)), Collected::Taken);
+    collector.discard();
     assert_eq!(
         add(&mut collector, &event(2, 2, 1, 1, 8)),
-        Collected::OutOfOrder
+        Collected::Refused
+    );
+}
+
+#[test]
+fn a_part_that_cannot_be_refuses_the_update_once() {
+    let bad = |first, count| {
+        let mut bytes = event(1, 5, first, count, 8);
+        bytes[38] = 1;
+        bytes
+    };
+    let mut collector = Collector::default();
+    assert_eq!(add(&mut collector, &event(1, 5, 0, 2, 8)), Collected::Taken);
+    assert_eq!(add(&mut collector, &bad(2, 2)), Collected::Refused);
+    // Good or not, the rest is not applied.
+    assert_eq!(add(&mut collector, &bad(4, 1)), Collected::OfRefused);
+    assert_eq!(
+        add(&mut collector, &event(1, 5, 2, 2, 8)),
+        Collected::OfRefused
+    );
+    // One that no update is long enough for, and one that is not as long as it says.
+    assert_eq!(
+        add(&mut collector, &event(2, 5, 0, 1, 8)[..39]),
+        Collected::Refused
+    );
+    assert_eq!(
+        add(&mut collector, &event(3, 5, 0, 2, 8)[..72]),
+        Collected::Refused
     );
 }
 
@@ -148,6 +187,11 @@ fn doubles_and_the_guest_itself_are_refused() {
     for mut tuples in bad {
         assert!(!prepared(&mut tuples), "{tuples:?}");
     }
+    // Updates are a chain.
+    for guest_cid in [None, Some(cid(4))] {
+        let sort = |_: &mut [Tuple], _: fn(&Tuple) -> Key| ();
+        assert!(!prepare(&update(), guest_cid, &mut [], sort));
+    }
 }
 
 #[test]
@@ -161,7 +205,39 @@ fn an_rst_bears_the_new_addresses() {
     );
 }
 
+/// Mostly whole updates that are applied or refused, so that a run is about something.
+#[test]
+fn runs_apply_and_refuse_updates() {
+    let mut runner = proptest::test_runner::TestRunner::deterministic();
+    let operations = operations();
+    let (mut applied, mut refused) = (0, 0);
+    for _ in 0..200 {
+        let mut run = Run::default();
+        let made_up = operations.new_tree(&mut runner).expect("operations");
+        for operation in made_up.current() {
+            run.apply(operation);
+        }
+        applied += run.applied;
+        refused += run.refused;
+    }
+    assert!(
+        applied > 100 && refused > 100,
+        "{applied} applied, {refused} refused"
+    );
+}
+
+fn operations() -> impl Strategy<Value = Vec<Operation>> {
+    proptest::collection::vec(any::<Operation>(), 0..100)
+}
+
 proptest! {
+    /// Updates whose parts are lost, come twice, or have other bytes or lengths.
+    #[test]
+    fn connections_end_as_the_text_says(operations in operations()) {
+        let mut run = Run::default();
+        operations.into_iter().for_each(|operation| run.apply(operation));
+    }
+
     /// Against a map and a set, with few CIDs and ports so that doubles come about.
     #[test]
     fn a_list_is_what_a_map_would_be(
@@ -178,7 +254,9 @@ proptest! {
         let good = by_old.len() == raw.len() && by_new.len() == raw.len() && !own;
         prop_assert_eq!(prepared(&mut tuples), good);
         if good {
-            let found = find(&mut tuples, cid(wanted.0), wanted.1, wanted.2);
+            let key = (cid(wanted.0), wanted.1, wanted.2);
+            prop_assert_eq!(find(&mut tuples, key, SocketType::SeqPacket), None);
+            let found = find(&mut tuples, key, SocketType::Stream);
             prop_assert_eq!(
                 found.map(|tuple| u64::from(tuple.host_new_cid.get())),
                 by_old.get(&wanted).copied()
