@@ -2,20 +2,30 @@
 
 //! The virtqueues, as QEMU's vhost-user frontend drives them.
 
-use std::io::Result;
+use std::fs::File;
+use std::io::{Error, Read, Result, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use anyhow::Context;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserProtocolFeatures,
+    VhostUserVirtioFeatures,
+};
 use vhost_user_backend::{VhostUserBackend, VringT};
 use virtio_bindings::bindings::virtio_config::{VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_queue::QueueT;
 use vm_memory::GuestAddressSpace;
 use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::event::{
+    new_event_consumer_and_notifier, EventConsumer, EventFlag, EventNotifier,
+};
 
 use crate::device::{lock, ForGuest, Queue, Shared, State};
 use crate::packet::Packet;
 use crate::ring::{Memory, Ring, RingState, Vring};
+use crate::state::{self, DeviceState};
 use crate::update::set_rx_used;
 
 const RX: usize = 0;
@@ -31,31 +41,27 @@ const MAX_QUEUE_SIZE: usize = 1024;
 
 /// The vhost-user backend of a device.
 pub(crate) struct Backend {
-    /// The device that has the virtqueues at the moment.
-    device: Mutex<Arc<Shared>>,
+    device: Arc<Shared>,
     memory: Memory,
     /// Whether the driver has accepted packed rings.
     has_packed_rings: AtomicBool,
     rings: [RingState; QUEUES],
+    /// Held while the virtqueues are worked on.
+    working: Mutex<()>,
+    /// The transfer of the device's state that is under way, or the last one.
+    transfer: Mutex<Option<JoinHandle<anyhow::Result<()>>>>,
 }
 
 impl Backend {
     pub(crate) fn new(device: Arc<Shared>, memory: Memory) -> Self {
         Self {
-            device: Mutex::new(device),
+            device,
             memory,
             has_packed_rings: AtomicBool::new(false),
             rings: Default::default(),
+            working: Mutex::default(),
+            transfer: Mutex::default(),
         }
-    }
-
-    fn device(&self) -> Arc<Shared> {
-        lock(&self.device).clone()
-    }
-
-    /// Gives the virtqueues to another device.
-    pub(crate) fn set_device(&self, device: Arc<Shared>) {
-        *lock(&self.device) = device;
     }
 
     fn ring<'a>(&'a self, vrings: &'a [Vring], queue: usize) -> Ring<'a> {
@@ -154,9 +160,6 @@ impl Backend {
     }
 
     fn process_all(&self, device: &Arc<Shared>, vrings: &[Vring]) -> Result<()> {
-        if lock(&device.state).stopped {
-            return Ok(());
-        }
         let was_congested = device.is_congested();
         let rings: [Ring<'_>; QUEUES] = std::array::from_fn(|queue| self.ring(vrings, queue));
         loop {
@@ -182,8 +185,6 @@ impl Backend {
                 silent_events = std::mem::take(&mut state.silent_events);
                 state.posted = (rings[RX].posted(), rings[EVENT].posted());
                 state.started = true;
-                // What the guest had sent by now was taken.
-                state.stopped |= state.stopping;
                 device.changed.notify_all();
             }
             for (queue, ring) in rings.iter().enumerate() {
@@ -198,7 +199,7 @@ impl Backend {
                 more |= ring.enable_notification();
             }
             // Without progress, what is there waits for somebody else, who wakes this device.
-            if !more || used == [false; QUEUES] || lock(&device.state).stopped {
+            if !more || used == [false; QUEUES] {
                 break;
             }
         }
@@ -237,7 +238,7 @@ impl VhostUserBackend for Backend {
     fn features(&self) -> u64 {
         (1 << VIRTIO_F_VERSION_1)
             | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits()
-            | self.device().features
+            | self.device.features
     }
 
     fn acked_features(&self, features: u64) {
@@ -253,6 +254,7 @@ impl VhostUserBackend for Backend {
             | VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::DEVICE_STATE
     }
 
     fn set_event_idx(&self, _enabled: bool) {
@@ -260,7 +262,7 @@ impl VhostUserBackend for Backend {
     }
 
     fn get_config(&self, offset: u32, size: u32) -> Vec<u8> {
-        let config = self.device().guest_cid().to_le_bytes();
+        let config = self.device.guest_cid().to_le_bytes();
         config
             .into_iter()
             .skip(offset as usize)
@@ -281,10 +283,11 @@ impl VhostUserBackend for Backend {
         vrings: &[Vring],
         _thread: usize,
     ) -> Result<()> {
-        let device = self.device();
+        let device = &self.device;
         if device_event == WAKE {
             device.drain_wake();
         }
+        let _working = lock(&self.working);
         if vrings
             .iter()
             .any(|vring| !vring.get_ref().get_queue().ready())
@@ -292,6 +295,55 @@ impl VhostUserBackend for Backend {
             // The guest has not started the device yet, or has stopped it.
             return Ok(());
         }
-        self.process_all(&device, vrings)
+        device.begin();
+        self.process_all(device, vrings)
+    }
+
+    fn exit_event(&self, _thread: usize) -> Option<(EventConsumer, EventNotifier)> {
+        // Without one, the library waits for its thread for ever.
+        new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()
+    }
+
+    fn stop_vring(&self, _queue: u32) -> Result<()> {
+        // The library has marked the queue: whoever works on it by now is the last one.
+        drop(lock(&self.working));
+        Ok(())
+    }
+
+    fn set_device_state_fd(
+        &self,
+        direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        mut file: File,
+    ) -> Result<Option<File>> {
+        let device = self.device.clone();
+        let transfer = match direction {
+            VhostTransferStateDirection::SAVE => {
+                let state = device.save().to_bytes();
+                std::thread::spawn(move || file.write_all(&state).context("writing the state"))
+            }
+            VhostTransferStateDirection::LOAD => std::thread::spawn(move || {
+                let mut bytes = Vec::new();
+                file.take(state::MAX_LEN as u64 + 1)
+                    .read_to_end(&mut bytes)
+                    .context("reading the state")?;
+                device.load(DeviceState::parse(&bytes)?)
+            }),
+        };
+        *lock(&self.transfer) = Some(transfer);
+        Ok(None)
+    }
+
+    fn check_device_state(&self) -> Result<()> {
+        let transfer = lock(&self.transfer).take();
+        transfer
+            .ok_or_else(|| Error::other("no state was transferred"))?
+            .join()
+            .map_err(|_| Error::other("a thread panicked"))?
+            .map_err(|error| {
+                // The frontend is told only that it failed.
+                eprintln!("vsock-device: {error:#}");
+                Error::other(error)
+            })
     }
 }

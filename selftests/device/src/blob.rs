@@ -8,8 +8,10 @@
 use anyhow::{ensure, Context, Result};
 use serde::{Deserialize, Serialize};
 
+use crate::packet::{Packet, SEQ_END_FLAGS};
+
 /// The version of the format.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The most that a program can have written without its having been sent, in bytes: what a Unix socket and a device hold.
 const MAX_UNSENT: usize = 4 << 20;
@@ -36,12 +38,35 @@ pub struct ConnectionBlob {
     pub buf_alloc: u32,
     pub peer_buf_alloc: u32,
     pub peer_fwd_cnt: u32,
-    /// Bytes of the guest that the program has not got.
+    /// What the program has not got of the guest's.
+    pub received: Vec<Part>,
+    /// What the guest has not got of the program's.
+    pub unsent: Vec<Part>,
+}
+
+/// Payload of a packet, or a part of it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Part {
     #[serde(with = "serde_bytes")]
-    pub received: Vec<u8>,
-    /// Bytes of the program that the guest has not got.
-    #[serde(with = "serde_bytes")]
-    pub unsent: Vec<u8>,
+    pub payload: Vec<u8>,
+    /// `SEQ_*`, where it is the last part of a message.
+    pub flags: u32,
+}
+
+impl Part {
+    /// The payload of a packet.
+    pub fn of(packet: Packet) -> Self {
+        Self {
+            flags: packet.flags & SEQ_END_FLAGS,
+            payload: packet.payload,
+        }
+    }
+
+    /// How many bytes parts have.
+    pub fn total<'a>(parts: impl IntoIterator<Item = &'a Part>) -> usize {
+        parts.into_iter().map(|part| part.payload.len()).sum()
+    }
 }
 
 impl ConnectionBlob {
@@ -88,16 +113,15 @@ impl ConnectionBlob {
             blob.guest_shutdown <= 3 && blob.host_shutdown <= 3,
             "there are two directions to shut down"
         );
+        let (received, unsent) = (Part::total(&blob.received), Part::total(&blob.unsent));
         ensure!(
-            blob.received.len() <= blob.buf_alloc as usize,
-            "{} bytes were received, more than the buffer of {} has",
-            blob.received.len(),
+            received <= blob.buf_alloc as usize,
+            "{received} bytes were received, more than the buffer of {} has",
             blob.buf_alloc
         );
         ensure!(
-            blob.unsent.len() <= MAX_UNSENT,
-            "{} bytes were not sent, more than {MAX_UNSENT}",
-            blob.unsent.len()
+            unsent <= MAX_UNSENT,
+            "{unsent} bytes were not sent, more than {MAX_UNSENT}"
         );
         Ok(blob)
     }

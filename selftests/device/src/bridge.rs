@@ -10,13 +10,17 @@
 //! - By `RESTORE <length>\n` and those bytes, written to the device that the guest has moved to and that has not begun,
 //!   it reads `OK <port of the host>\n`, and then the socket is the connection, as if nothing had happened.
 //! - Where something cannot be done it reads `REFUSED <reason>\n`.
-//! - A guest's connection to port P of CID 2 becomes one to `<path>_<P>`, and is refused where nobody listens there.
+//! - A guest's connection to port P of the host becomes one to `<path>_<P>`, and is refused where nobody listens there.
+//!
+//! The Unix sockets are of the type that the connection has. Those of type SOCK_SEQPACKET connect to `<path>.seqpacket`;
+//! a request is a message then, and each message after it is one of the connection's.
 //!
 //! Each connection has a thread for either direction, so that a slow one holds up nobody else.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,11 +28,13 @@ use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 
 use anyhow::{ensure, Context, Result};
+use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::blob::{self, ConnectionBlob};
+use crate::blob::{self, ConnectionBlob, Part};
 use crate::device::{lock, Shared};
-use crate::packet::{Op, Packet, SHUTDOWN_RCV, SHUTDOWN_SEND, TYPE_STREAM};
-use crate::update::Tuple;
+use crate::packet::{
+    Op, Packet, SEQ_EOM, SHUTDOWN_RCV, SHUTDOWN_SEND, TYPE_SEQPACKET, TYPE_STREAM,
+};
 
 /// Receive buffer of each connection, in bytes.
 const BUF_ALLOC: u32 = 256 * 1024;
@@ -43,7 +49,7 @@ const FIRST_PORT: u32 = 1 << 30;
 const MAX_LINE: usize = 64;
 
 /// Ports of a connection: the guest's, the host's.
-type Key = (u32, u32);
+pub(crate) type Key = (u32, u32);
 
 /// The host, as one guest sees it.
 pub struct Bridge {
@@ -59,13 +65,13 @@ struct Connections {
     last_port: u32,
     /// Whether the guest was told of the connections that were restored.
     begun: bool,
-    /// Those that it has not answered.
-    unanswered: HashSet<Key>,
 }
 
 /// One connection.
 struct Connection {
     key: Key,
+    /// `TYPE_*`.
+    socket_type: u16,
     stream: UnixStream,
     state: Mutex<ConnectionState>,
     changed: Condvar,
@@ -82,13 +88,15 @@ struct ConnectionState {
     peer_buf_alloc: u32,
     peer_fwd_cnt: u32,
     /// Payload of the guest that is not written yet.
-    received: VecDeque<Vec<u8>>,
+    received: VecDeque<Part>,
     received_bytes: usize,
-    /// Payload of the program that is not sent yet, for a migration came between.
-    unsent: VecDeque<u8>,
+    /// Payload of the program that is not sent yet.
+    unsent: VecDeque<Part>,
     /// `SHUTDOWN_*` of the guest.
     guest_shutdown: u32,
-    /// The host's program sends no more, and the guest was told.
+    /// The host's program sends no more.
+    finishing: bool,
+    /// The guest was told of that.
     host_finished: bool,
     /// The connection's state was asked for: nothing moves any more.
     moving: bool,
@@ -104,36 +112,92 @@ impl ConnectionState {
         self.peer_buf_alloc.saturating_sub(in_flight) as usize
     }
 
+    /// Takes what can be written for the program at once: a message, or any part of a stream.
+    fn next_for_program(&mut self, socket_type: u16) -> Option<Vec<u8>> {
+        if socket_type == TYPE_STREAM {
+            return Some(self.received.pop_front()?.payload);
+        }
+        let last = self
+            .received
+            .iter()
+            .position(|part| part.flags & SEQ_EOM != 0)?;
+        Some(
+            self.received
+                .drain(..=last)
+                .flat_map(|part| part.payload)
+                .collect(),
+        )
+    }
+
     fn note_credit(&mut self, packet: &Packet) {
         self.peer_buf_alloc = packet.buf_alloc;
         self.peer_fwd_cnt = packet.fwd_cnt;
     }
 }
 
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// Where programs of the host connect to a bridge at `path`.
+pub fn entrance(path: &Path, socket_type: u16) -> PathBuf {
+    let mut entrance = path.as_os_str().to_owned();
+    if socket_type == TYPE_SEQPACKET {
+        entrance.push(".seqpacket");
+    }
+    entrance.into()
+}
+
+fn unix_socket(socket_type: u16) -> std::io::Result<Socket> {
+    let kind = match socket_type {
+        TYPE_SEQPACKET => Type::SEQPACKET,
+        _ => Type::STREAM,
+    };
+    Socket::new(Domain::UNIX, kind, None)
+}
+
+/// Connects to a Unix socket of one of the types.
+pub fn connect(path: &Path, socket_type: u16) -> std::io::Result<UnixStream> {
+    let socket = unix_socket(socket_type)?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    Ok(OwnedFd::from(socket).into())
+}
+
+fn listen(path: &Path, socket_type: u16) -> std::io::Result<UnixListener> {
+    let _ = std::fs::remove_file(path);
+    let socket = unix_socket(socket_type)?;
+    socket.bind(&SockAddr::unix(path)?)?;
+    socket.listen(BACKLOG)?;
+    Ok(OwnedFd::from(socket).into())
+}
+
 impl Bridge {
     pub(crate) fn start(path: &Path, device: &Arc<Shared>) -> Result<Arc<Self>> {
-        let _ = std::fs::remove_file(path);
-        let listener =
-            UnixListener::bind(path).with_context(|| format!("listening on {}", path.display()))?;
         let bridge = Arc::new(Self {
             path: path.to_owned(),
             device: Arc::downgrade(device),
             connections: Mutex::default(),
             stopped: AtomicBool::new(false),
         });
-        let accepting = bridge.clone();
-        thread::Builder::new()
-            .name("vsock-bridge".to_owned())
-            .spawn(move || accepting.accept(&listener))
-            .context("starting the bridge's thread")?;
+        for socket_type in [TYPE_STREAM, TYPE_SEQPACKET] {
+            let path = entrance(path, socket_type);
+            let listener = listen(&path, socket_type)
+                .with_context(|| format!("listening on {}", path.display()))?;
+            let accepting = bridge.clone();
+            thread::Builder::new()
+                .name("vsock-bridge".to_owned())
+                .spawn(move || accepting.accept(&listener, socket_type))
+                .context("starting the bridge's thread")?;
+        }
         Ok(bridge)
     }
 
     /// Takes no more connections of the host, and ends those that are open.
     pub(crate) fn stop(&self) {
         self.stopped.store(true, Ordering::SeqCst);
-        // Lets `accept()` return.
-        let _ = UnixStream::connect(&self.path);
+        for socket_type in [TYPE_STREAM, TYPE_SEQPACKET] {
+            // Lets `accept()` return.
+            let _ = connect(&entrance(&self.path, socket_type), socket_type);
+        }
         self.forget_all();
     }
 
@@ -145,7 +209,7 @@ impl Bridge {
         }
     }
 
-    fn accept(self: Arc<Self>, listener: &UnixListener) {
+    fn accept(self: Arc<Self>, listener: &UnixListener, socket_type: u16) {
         for stream in listener.incoming() {
             if self.stopped.load(Ordering::SeqCst) {
                 return;
@@ -154,34 +218,46 @@ impl Bridge {
             let bridge = self.clone();
             thread::spawn(move || {
                 // What the program wrote was no request: it sees the socket closed.
-                let _ = bridge.connect_from_host(stream);
+                let _ = bridge.connect_from_host(stream, socket_type);
             });
         }
     }
 
     /// Reads the request of a program of the host and asks the guest for the connection.
-    fn connect_from_host(self: Arc<Self>, mut stream: UnixStream) -> Result<()> {
+    fn connect_from_host(self: Arc<Self>, mut stream: UnixStream, socket_type: u16) -> Result<()> {
         let mut line = Vec::new();
-        let mut byte = [0];
-        while line.len() < MAX_LINE && stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
-            line.push(byte[0]);
+        // A message is read as a whole, of a stream not a byte more than the line has.
+        let mut piece = if socket_type == TYPE_STREAM {
+            vec![0]
+        } else {
+            vec![0; MAX_LINE]
+        };
+        while line.len() < MAX_LINE && line.last() != Some(&b'\n') {
+            let len = stream.read(&mut piece)?;
+            ensure!(len > 0, "the program has closed its socket");
+            line.extend(&piece[..len]);
         }
         let line = std::str::from_utf8(&line)?.trim_end();
         let answer = match line.split(' ').collect::<Vec<_>>()[..] {
-            ["CONNECT", port] => return self.request_of_host(stream, port.parse()?),
+            ["CONNECT", port] => return self.request_of_host(stream, socket_type, port.parse()?),
             ["CHECKPOINT", host_port, guest_port] => {
                 self.checkpoint((guest_port.parse()?, host_port.parse()?), &mut stream)
             }
-            ["RESTORE", len] => self.restore(&mut stream, len.parse()?),
+            ["RESTORE", len] => self.restore(&mut stream, socket_type, len.parse()?),
             _ => Err(anyhow::anyhow!("{line:?} is no request")),
         };
         if let Err(reason) = answer {
-            writeln!(stream, "REFUSED {reason:#}")?;
+            stream.write_all(format!("REFUSED {reason:#}\n").as_bytes())?;
         }
         Ok(())
     }
 
-    fn request_of_host(self: Arc<Self>, stream: UnixStream, port: u32) -> Result<()> {
+    fn request_of_host(
+        self: Arc<Self>,
+        stream: UnixStream,
+        socket_type: u16,
+        port: u32,
+    ) -> Result<()> {
         let connection = {
             let mut connections = lock(&self.connections);
             // A connection that came from another device may have a port of this range.
@@ -192,7 +268,7 @@ impl Bridge {
                     break (port, host_port);
                 }
             };
-            let connection = Connection::new(key, stream, ConnectionState::default());
+            let connection = Connection::new(key, socket_type, stream, ConnectionState::default());
             connections.open.insert(connection.key, connection.clone());
             connection
         };
@@ -226,7 +302,7 @@ impl Bridge {
             dst_cid: device.guest_cid(),
             src_port: connection.key.1,
             dst_port: connection.key.0,
-            socket_type: TYPE_STREAM,
+            socket_type: connection.socket_type,
             op,
             flags,
             buf_alloc: BUF_ALLOC,
@@ -258,16 +334,15 @@ impl Bridge {
     /// Takes a packet of the guest.
     pub(crate) fn receive(self: &Arc<Self>, packet: Packet) {
         let key = (packet.src_port, packet.dst_port);
-        let connection = {
-            let mut connections = lock(&self.connections);
-            connections.unanswered.remove(&key);
-            connections.open.get(&key).cloned()
-        };
+        let connection = lock(&self.connections).open.get(&key).cloned();
         match (connection, packet.op) {
-            (None, Op::REQUEST) if packet.socket_type == TYPE_STREAM => {
+            (None, Op::REQUEST) if matches!(packet.socket_type, TYPE_STREAM | TYPE_SEQPACKET) => {
                 self.connect_to_host(&packet)
             }
             (None, _) => self.refuse(&packet),
+            (Some(connection), _) if connection.socket_type != packet.socket_type => {
+                self.refuse(&packet);
+            }
             (Some(connection), op) => {
                 {
                     let mut state = lock(&connection.state);
@@ -281,53 +356,39 @@ impl Bridge {
         }
     }
 
-    /// Takes a packet with the addresses of before the last migration: it was on its way.
+    /// Takes a packet with the addresses of before a migration: it was on its way.
     pub(crate) fn receive_late(self: &Arc<Self>, packet: Packet) {
         let key = (packet.src_port, packet.dst_port);
         let connection = lock(&self.connections).open.get(&key).cloned();
-        match (connection, self.device.upgrade()) {
-            (Some(connection), _) if lock(&connection.state).held => {
-                lock(&connection.state).note_credit(&packet);
-                self.receive_for(&connection, packet.op, packet);
-                connection.changed.notify_all();
-            }
-            (None, Some(device)) if packet.op == Op::REQUEST => self.receive(Packet {
-                src_cid: device.guest_cid(),
-                dst_cid: device.host_cid,
-                ..packet
-            }),
-            _ => {}
+        if let Some(connection) = connection.filter(|it| lock(&it.state).held) {
+            lock(&connection.state).note_credit(&packet);
+            self.receive_for(&connection, packet.op, packet);
+            connection.changed.notify_all();
         }
     }
 
-    /// Whether there are connections that the guest was told of and has not answered.
-    pub(crate) fn awaits_answers(&self) -> bool {
-        !lock(&self.connections).unanswered.is_empty()
-    }
-
-    /// The guest is told of no more connections.
-    pub(crate) fn begin(&self) {
-        lock(&self.connections).begun = true;
-    }
-
-    /// The connections that were restored here.
-    pub(crate) fn restored(&self, host_old_cid: u64, host_new_cid: u64) -> Vec<Tuple> {
+    /// Takes no more states of connections. Returns the connections that were restored.
+    pub(crate) fn begin(&self) -> Vec<(Key, u16)> {
         let mut connections = lock(&self.connections);
         connections.begun = true;
         let held = |connection: &Arc<Connection>| lock(&connection.state).held;
         let restored = connections.open.iter().filter(|(_, open)| held(open));
-        connections.unanswered = restored.map(|(key, _)| *key).collect();
-        connections
-            .unanswered
-            .iter()
-            .map(|(guest_port, host_port)| Tuple {
-                host_old_cid,
-                host_new_cid,
-                host_port: *host_port,
-                guest_port: *guest_port,
-                socket_type: TYPE_STREAM,
-            })
+        restored
+            .map(|(key, connection)| (*key, connection.socket_type))
             .collect()
+    }
+
+    /// Ends a connection whose response the guest has not got; returns the guest's request.
+    pub(crate) fn unaccept(&self, response: &Packet) -> Option<Packet> {
+        let key = (response.dst_port, response.src_port);
+        let connection = lock(&self.connections).open.remove(&key)?;
+        connection.reset();
+        let state = lock(&connection.state);
+        Some(Packet {
+            buf_alloc: state.peer_buf_alloc,
+            fwd_cnt: state.peer_fwd_cnt,
+            ..response.reply(Op::REQUEST)
+        })
     }
 
     /// Gives the state of a connection to its program, and forgets it.
@@ -352,26 +413,22 @@ impl Bridge {
         let blob = {
             let mut state = lock(&connection.state);
             let mut unsent = device.take_payload_for_guest(key);
-            state.tx_cnt = state.tx_cnt.wrapping_sub(unsent.len() as u32);
-            unsent.extend(&state.unsent);
+            state.tx_cnt = state.tx_cnt.wrapping_sub(Part::total(&unsent) as u32);
+            unsent.extend(state.unsent.drain(..));
             ConnectionBlob {
                 guest_cid: device.guest_cid(),
                 host_cid: device.host_cid,
                 guest_port: key.0,
                 host_port: key.1,
-                socket_type: TYPE_STREAM,
+                socket_type: connection.socket_type,
                 guest_shutdown: state.guest_shutdown,
-                host_shutdown: if state.host_finished {
-                    SHUTDOWN_SEND
-                } else {
-                    0
-                },
+                host_shutdown: if state.finishing { SHUTDOWN_SEND } else { 0 },
                 tx_cnt: state.tx_cnt,
                 fwd_cnt: state.fwd_cnt,
                 buf_alloc: BUF_ALLOC,
                 peer_buf_alloc: state.peer_buf_alloc,
                 peer_fwd_cnt: state.peer_fwd_cnt,
-                received: state.received.iter().flatten().copied().collect(),
+                received: state.received.drain(..).collect(),
                 unsent,
                 ..ConnectionBlob::default()
             }
@@ -384,7 +441,12 @@ impl Bridge {
     }
 
     /// Takes the state of a connection from its program, which goes on by this socket.
-    fn restore(self: &Arc<Self>, stream: &mut UnixStream, len: usize) -> Result<()> {
+    fn restore(
+        self: &Arc<Self>,
+        stream: &mut UnixStream,
+        socket_type: u16,
+        len: usize,
+    ) -> Result<()> {
         ensure!(
             len <= blob::MAX_LEN,
             "the state has {len} bytes, more than {}",
@@ -394,15 +456,14 @@ impl Bridge {
         stream.read_exact(&mut bytes).context("reading the state")?;
         let blob = ConnectionBlob::parse(&bytes)?;
         ensure!(
-            blob.socket_type == TYPE_STREAM && blob.buf_alloc <= BUF_ALLOC,
+            blob.buf_alloc <= BUF_ALLOC,
             "this device has no such connections"
         );
+        ensure!(
+            blob.socket_type == socket_type,
+            "the connection is of another type than the socket"
+        );
         let key = (blob.guest_port, blob.host_port);
-        let received_bytes = blob.received.len();
-        let mut received = VecDeque::new();
-        if received_bytes > 0 {
-            received.push_back(blob.received);
-        }
         let state = ConnectionState {
             established: true,
             held: true,
@@ -410,14 +471,16 @@ impl Bridge {
             fwd_cnt: blob.fwd_cnt,
             peer_buf_alloc: blob.peer_buf_alloc,
             peer_fwd_cnt: blob.peer_fwd_cnt,
-            received,
-            received_bytes,
+            received_bytes: Part::total(&blob.received),
+            received: blob.received.into(),
             unsent: blob.unsent.into(),
             guest_shutdown: blob.guest_shutdown,
-            host_finished: blob.host_shutdown & SHUTDOWN_SEND != 0,
+            // The guest is told again, for it may not have got it.
+            finishing: blob.host_shutdown & SHUTDOWN_SEND != 0,
             ..ConnectionState::default()
         };
-        let connection = Connection::new(key, stream.try_clone()?, state);
+        let connection = Connection::new(key, socket_type, stream.try_clone()?, state);
+        connection.let_program_see_shutdown();
         {
             let mut connections = lock(&self.connections);
             ensure!(
@@ -430,7 +493,8 @@ impl Bridge {
             );
             connections.open.insert(key, connection.clone());
         }
-        writeln!(stream, "OK {}", key.1)?;
+        // One write, for it may be a message.
+        stream.write_all(format!("OK {}\n", key.1).as_bytes())?;
         self.pump(&connection);
         Ok(())
     }
@@ -438,7 +502,7 @@ impl Bridge {
     fn connect_to_host(self: &Arc<Self>, packet: &Packet) {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", packet.dst_port));
-        let Ok(stream) = UnixStream::connect(path) else {
+        let Ok(stream) = connect(path.as_ref(), packet.socket_type) else {
             return self.refuse(packet);
         };
         let mut state = ConnectionState {
@@ -446,7 +510,8 @@ impl Bridge {
             ..ConnectionState::default()
         };
         state.note_credit(packet);
-        let connection = Connection::new((packet.src_port, packet.dst_port), stream, state);
+        let key = (packet.src_port, packet.dst_port);
+        let connection = Connection::new(key, packet.socket_type, stream, state);
         lock(&self.connections)
             .open
             .insert(connection.key, connection.clone());
@@ -471,17 +536,15 @@ impl Bridge {
                     drop(state);
                     return self.abort(connection);
                 }
-                state.received.push_back(packet.payload);
+                state.received.push_back(Part::of(packet));
             }
             Op::CREDIT_REQUEST => self.send(connection, Op::CREDIT_UPDATE, 0, Vec::new()),
             Op::CREDIT_UPDATE => {}
             Op::SHUTDOWN => {
                 let mut state = lock(&connection.state);
                 state.guest_shutdown |= packet.flags;
-                if state.guest_shutdown & SHUTDOWN_RCV != 0 {
-                    // The program learns when it writes.
-                    let _ = connection.stream.shutdown(Shutdown::Read);
-                }
+                drop(state);
+                connection.let_program_see_shutdown();
             }
             Op::RST => self.forget(connection),
             _ => self.abort(connection),
@@ -506,74 +569,81 @@ impl Bridge {
     fn pump_to_guest(&self, connection: &Connection) {
         let mut buffer = vec![0; MAX_PAYLOAD];
         loop {
-            // What waits here since a migration goes first.
-            let (room, waited) = connection.wait(|state| {
-                let room = if state.held { 0 } else { state.credit() };
-                (state.reset || state.moving || room > 0).then(|| {
-                    let room = room.min(MAX_PAYLOAD);
-                    let ready = if state.moving { 0 } else { room };
-                    let ready = ready.min(state.unsent.len());
-                    (room, state.unsent.drain(..ready).collect::<Vec<u8>>())
-                })
-            });
-            let has_waited = !waited.is_empty();
-            let mut payload = waited;
-            if !has_waited {
-                let (reset, moving, finished) = {
-                    let state = lock(&connection.state);
-                    (state.reset, state.moving, state.host_finished)
-                };
-                if reset {
-                    return;
-                }
-                // With the state asked for, all that the program has written goes into it.
-                let room = if moving { MAX_PAYLOAD } else { room };
-                match (&connection.stream).read(&mut buffer[..room]) {
-                    Ok(0) | Err(_) => {
-                        if !finished {
-                            self.host_has_finished(connection);
-                        }
-                        return;
-                    }
-                    Ok(len) => payload.extend(&buffer[..len]),
-                }
-            }
             let Some(device) = self.device.upgrade() else {
                 return;
             };
-            let mut state = lock(&connection.state);
-            if state.moving {
-                if has_waited {
-                    payload.extend(&state.unsent);
-                    state.unsent = payload.into();
-                } else {
-                    state.unsent.extend(payload);
+            // How much to read, or that there is no more to do.
+            let room = connection.wait(|state| {
+                if state.reset {
+                    return Some(None);
                 }
-                continue;
+                if state.moving {
+                    // All that the program has written goes into the state.
+                    return Some((!state.finishing).then_some(MAX_PAYLOAD));
+                }
+                if state.held {
+                    return None;
+                }
+                self.send_unsent(&device, connection, state);
+                if !state.unsent.is_empty() {
+                    return None;
+                }
+                if state.finishing {
+                    self.say_finished(&device, connection, state);
+                    return Some(None);
+                }
+                let room = state.credit().min(MAX_PAYLOAD);
+                let room = match connection.socket_type {
+                    // Of a message the rest would be lost.
+                    TYPE_SEQPACKET if room > 0 => MAX_PAYLOAD,
+                    _ => room,
+                };
+                (room > 0).then_some(Some(room))
+            });
+            let Some(room) = room else {
+                return;
+            };
+            let read = (&connection.stream).read(&mut buffer[..room]);
+            let mut state = lock(&connection.state);
+            match read {
+                // An end that came from asking for the state is none.
+                Ok(0) | Err(_) if state.moving => return,
+                Ok(0) | Err(_) => state.finishing = true,
+                Ok(len) => state.unsent.push_back(Part {
+                    payload: buffer[..len].to_vec(),
+                    flags: match connection.socket_type {
+                        TYPE_SEQPACKET => SEQ_EOM,
+                        _ => 0,
+                    },
+                }),
             }
-            state.tx_cnt = state.tx_cnt.wrapping_add(payload.len() as u32);
-            self.send_locked(&device, connection, &state, Op::RW, 0, payload);
         }
     }
 
-    fn host_has_finished(&self, connection: &Connection) {
-        let Some(device) = self.device.upgrade() else {
-            return;
-        };
-        let mut state = lock(&connection.state);
-        // An end that came from asking for the state is none.
-        if !state.reset && !state.moving {
-            self.send_locked(
-                &device,
-                connection,
-                &state,
-                Op::SHUTDOWN,
-                SHUTDOWN_SEND,
-                Vec::new(),
-            );
-            state.host_finished = true;
+    /// Sends what waits, as far as the credit goes.
+    fn send_unsent(&self, device: &Shared, connection: &Connection, state: &mut ConnectionState) {
+        while let Some(mut part) = state.unsent.pop_front() {
+            let room = state.credit().min(MAX_PAYLOAD);
+            let rest = part.payload.split_off(part.payload.len().min(room));
+            let flags = if rest.is_empty() { part.flags } else { 0 };
+            if !rest.is_empty() {
+                state.unsent.push_front(Part {
+                    payload: rest,
+                    flags: part.flags,
+                });
+            }
+            if part.payload.is_empty() {
+                return;
+            }
+            state.tx_cnt = state.tx_cnt.wrapping_add(part.payload.len() as u32);
+            self.send_locked(device, connection, state, Op::RW, flags, part.payload);
         }
-        drop(state);
+    }
+
+    fn say_finished(&self, device: &Shared, connection: &Connection, state: &mut ConnectionState) {
+        let (op, flags) = (Op::SHUTDOWN, SHUTDOWN_SEND);
+        self.send_locked(device, connection, state, op, flags, Vec::new());
+        state.host_finished = true;
         connection.changed.notify_all();
     }
 
@@ -583,7 +653,7 @@ impl Bridge {
                 if state.moving {
                     return Some(None);
                 }
-                if let Some(payload) = state.received.pop_front() {
+                if let Some(payload) = state.next_for_program(connection.socket_type) {
                     return Some(Some(payload));
                 }
                 let ended = state.guest_shutdown & SHUTDOWN_SEND != 0;
@@ -629,13 +699,21 @@ impl Bridge {
 }
 
 impl Connection {
-    fn new(key: Key, stream: UnixStream, state: ConnectionState) -> Arc<Self> {
+    fn new(key: Key, socket_type: u16, stream: UnixStream, state: ConnectionState) -> Arc<Self> {
         Arc::new(Self {
             key,
+            socket_type,
             stream,
             state: Mutex::new(state),
             changed: Condvar::new(),
         })
+    }
+
+    /// Where the guest receives no more, the program learns when it writes.
+    fn let_program_see_shutdown(&self) {
+        if lock(&self.state).guest_shutdown & SHUTDOWN_RCV != 0 {
+            let _ = self.stream.shutdown(Shutdown::Read);
+        }
     }
 
     fn pump_ended(&self) {

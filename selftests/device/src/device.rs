@@ -3,13 +3,16 @@
 //! The handle of a device: what tests do with it.
 
 use std::collections::VecDeque;
+use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
+use serde::{Deserialize, Serialize};
+use serde_bytes::ByteBuf;
 use vhost::vhost_user::Listener;
 use vhost_user_backend::VhostUserDaemon;
 use virtio_bindings::bindings::virtio_config::VIRTIO_F_RING_PACKED;
@@ -18,17 +21,22 @@ use virtio_bindings::bindings::virtio_ring::{
 };
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::EventSet;
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::eventfd::{EventFd, EFD_NONBLOCK};
 
 use crate::backend::{Backend, WAKE};
-use crate::bridge::Bridge;
-use crate::packet::Packet;
+use crate::blob::Part;
+use crate::bridge::{Bridge, Key};
+use crate::packet::{Op, Packet, SEQ_END_FLAGS};
+use crate::state::DeviceState;
 use crate::switch::Switch;
-use crate::update::Update;
+use crate::update::{Tuple, Update};
 use crate::HOST_CID;
 
 /// How many packets may wait for a guest before the switch takes no more from the others.
 const CONGESTED: usize = 512;
+
+/// For how many migrations a packet of the guest can be on its way, because no device has got to it.
+const ADDRESSES_BEFORE: usize = 32;
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
 const EVENT_TRANSPORT_RESET: u32 = 0;
@@ -119,13 +127,15 @@ pub(crate) struct State {
     /// Whether packets of the guest go to the observers only.
     pub(crate) manual: bool,
     pub(crate) observers: Vec<Sender<Packet>>,
-    /// The device is to take what the guest has sent, and then to stop.
-    pub(crate) stopping: bool,
-    /// The device uses no buffer any more.
+    /// The device has begun to work on the virtqueues.
+    pub(crate) begun: bool,
+    /// The device's state was asked for: it works on no virtqueue any more.
     pub(crate) stopped: bool,
-    /// The addresses that packets of the guest may have that were on their way at the last migration.
-    pub(crate) before: Option<Addresses>,
-    /// Which migration this is.
+    /// What the guest's last device has left.
+    pub(crate) inherited: Option<DeviceState>,
+    /// Addresses of before the last migrations, by which packets of the guest may still come.
+    pub(crate) before: Vec<Addresses>,
+    /// Which migration brought the guest here.
     pub(crate) generation: u32,
     /// Buffers that the driver has posted and the device not used: receive queue, event queue.
     pub(crate) posted: (u16, u16),
@@ -139,13 +149,13 @@ pub(crate) struct Shared {
     pub(crate) switch: Arc<Switch>,
     pub(crate) features: u64,
     pub(crate) host_cid: u64,
-    /// Wakes the thread of the virtqueues, where the device has some.
-    wake: Mutex<Option<EventFd>>,
+    /// Wakes the thread of the virtqueues.
+    wake: EventFd,
     bridge: OnceLock<Arc<Bridge>>,
 }
 
 /// CIDs of the guest and of the host.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Addresses {
     pub guest_cid: u64,
     pub host_cid: u64,
@@ -153,16 +163,12 @@ pub struct Addresses {
 
 impl Shared {
     pub(crate) fn wake(&self) {
-        if let Some(wake) = &*lock(&self.wake) {
-            // It fails only where the counter is about to overflow, and then the device is awake.
-            let _ = wake.write(1);
-        }
+        // It fails only where the counter is about to overflow, and then the device is awake.
+        let _ = self.wake.write(1);
     }
 
     pub(crate) fn drain_wake(&self) {
-        if let Some(wake) = &*lock(&self.wake) {
-            let _ = wake.read();
-        }
+        let _ = self.wake.read();
     }
 
     /// Waits until the device has stopped.
@@ -180,14 +186,135 @@ impl Shared {
         lock(&self.state).guest_cid
     }
 
-    /// The present addresses, and those of before the last migration.
-    pub(crate) fn addresses(&self) -> (Addresses, Option<Addresses>) {
+    /// The present addresses, and those of before by which packets may still come.
+    pub(crate) fn addresses(&self) -> (Addresses, Vec<Addresses>) {
         let state = lock(&self.state);
         let now = Addresses {
             guest_cid: state.guest_cid,
             host_cid: self.host_cid,
         };
-        (now, state.before)
+        (now, state.before.clone())
+    }
+
+    /// Stops for good, and says what another device needs to go on.
+    pub(crate) fn save(&self) -> DeviceState {
+        let (now, before) = self.addresses();
+        let mut addresses = before;
+        addresses.retain(|it| *it != now);
+        addresses.drain(..addresses.len().saturating_sub(ADDRESSES_BEFORE));
+        addresses.push(now);
+        let mut saved = DeviceState {
+            addresses,
+            ..DeviceState::default()
+        };
+        let mut responses = Vec::new();
+        {
+            let mut state = lock(&self.state);
+            state.stopped = true;
+            saved.generation = state.generation;
+            saved.events = state.events.drain(..).map(ByteBuf::from).collect();
+            let waiting = std::mem::take(&mut state.for_guest);
+            for item in waiting {
+                match item {
+                    ForGuest::Update(parts) => saved
+                        .updates
+                        .push(parts.into_iter().map(ByteBuf::from).collect()),
+                    ForGuest::Packet(packet) if packet.op == Op::RST => {
+                        saved.for_guest.push(ByteBuf::from(packet.to_bytes()));
+                    }
+                    ForGuest::Packet(packet) if packet.op == Op::RESPONSE => responses.push(packet),
+                    // Payload goes with the state of its connection.
+                    other => state.for_guest.push_back(other),
+                }
+            }
+            self.changed.notify_all();
+        }
+        // To the guest, these connections are not there yet: it gets its answer where it goes on.
+        saved.requests = responses
+            .into_iter()
+            .filter_map(|response| self.bridge()?.unaccept(&response))
+            .map(|request| ByteBuf::from(request.to_bytes()))
+            .collect();
+        saved
+    }
+
+    /// Takes what the guest's last device has left.
+    pub(crate) fn load(&self, saved: DeviceState) -> Result<()> {
+        let mut state = lock(&self.state);
+        ensure!(!state.begun, "the device has begun already");
+        state.inherited = Some(saved);
+        Ok(())
+    }
+
+    /// Begins to work on the virtqueues, where that was not done. A guest that comes from another device is told first
+    /// which connections were restored, and goes on with these.
+    pub(crate) fn begin(self: &Arc<Self>) {
+        let (inherited, now) = {
+            let mut state = lock(&self.state);
+            if std::mem::replace(&mut state.begun, true) {
+                return;
+            }
+            (state.inherited.take(), state.guest_cid)
+        };
+        let restored = self.bridge().map_or_else(Vec::new, |bridge| bridge.begin());
+        let Some((before, inherited)) =
+            inherited.and_then(|it| Some((it.addresses.last().copied()?, it)))
+        else {
+            // A guest that comes from nowhere has no connections.
+            if let Some(bridge) = self.bridge() {
+                bridge.forget_all();
+            }
+            return;
+        };
+        let generation = inherited.generation.wrapping_add(1);
+        let update = Update {
+            generation,
+            old_guest_cid: before.guest_cid,
+            new_guest_cid: now,
+            tuples: restored
+                .into_iter()
+                .map(|((guest_port, host_port), socket_type)| Tuple {
+                    host_old_cid: before.host_cid,
+                    host_new_cid: self.host_cid,
+                    host_port,
+                    guest_port,
+                    socket_type,
+                })
+                .collect(),
+        };
+        let to_guest = |bytes: &ByteBuf| {
+            Some(Packet {
+                dst_cid: now,
+                ..Packet::from_bytes(bytes)?
+            })
+        };
+        let packets: Vec<_> = inherited.for_guest.iter().filter_map(to_guest).collect();
+        let mut updates: Vec<Vec<_>> = inherited
+            .updates
+            .into_iter()
+            .map(|parts| parts.into_iter().map(ByteBuf::into_vec).collect())
+            .collect();
+        updates.push(update.to_events());
+        {
+            let mut state = lock(&self.state);
+            state.generation = generation;
+            state.before = inherited.addresses;
+            state.events = inherited
+                .events
+                .into_iter()
+                .map(ByteBuf::into_vec)
+                .collect();
+            state.update_parts = state.events.len();
+            let updates = updates.into_iter().map(ForGuest::Update);
+            let packets = packets.into_iter().map(ForGuest::Packet);
+            let since = std::mem::take(&mut state.for_guest);
+            state.for_guest = updates.chain(packets).chain(since).collect();
+        }
+        for request in &inherited.requests {
+            if let Some(request) = Packet::from_bytes(request) {
+                self.switch.route(self, request);
+            }
+        }
     }
 
     pub(crate) fn bridge(&self) -> Option<Arc<Bridge>> {
@@ -200,20 +327,27 @@ impl Shared {
 
     /// Takes back the payload of a connection of the host, by the guest's and the host's port, that the guest has not
     /// got, and throws away its other packets.
-    pub(crate) fn take_payload_for_guest(&self, (guest_port, host_port): (u32, u32)) -> Vec<u8> {
-        let mut payload = Vec::new();
-        lock(&self.state).for_guest.retain(|waiting| match waiting {
-            ForGuest::Packet(packet)
-                if packet.dst_port == guest_port
-                    && packet.src_port == host_port
-                    && packet.src_cid == self.host_cid =>
-            {
-                payload.extend(&packet.payload);
-                false
-            }
-            _ => true,
-        });
-        payload
+    pub(crate) fn take_payload_for_guest(&self, (guest_port, host_port): Key) -> Vec<Part> {
+        let mut parts = Vec::new();
+        lock(&self.state)
+            .for_guest
+            .retain_mut(|waiting| match waiting {
+                ForGuest::Packet(packet)
+                    if packet.dst_port == guest_port
+                        && packet.src_port == host_port
+                        && packet.src_cid == self.host_cid =>
+                {
+                    if packet.op == Op::RW {
+                        parts.push(Part {
+                            flags: packet.flags & SEQ_END_FLAGS,
+                            payload: std::mem::take(&mut packet.payload),
+                        });
+                    }
+                    false
+                }
+                _ => true,
+            });
+        parts
     }
 
     pub(crate) fn send_to_guest(&self, packet: Packet) {
@@ -227,8 +361,6 @@ impl Shared {
 /// A device that serves one guest. Dropping it ends it.
 pub struct Device {
     shared: Arc<Shared>,
-    /// `None` where another device has the virtqueues, or had them first.
-    backend: Option<Arc<Backend>>,
     serving: Option<JoinHandle<()>>,
     socket: PathBuf,
 }
@@ -236,19 +368,6 @@ pub struct Device {
 impl Device {
     /// Starts a device; QEMU can connect when this returns.
     pub fn start(config: DeviceConfig, switch: Arc<Switch>) -> Result<Self> {
-        let mut this = Self::without_queues(config, switch)?;
-        this.serve()?;
-        Ok(this)
-    }
-
-    /// Makes a device that gets its virtqueues from another one, by [`Device::hand_over`]. It is stopped until then.
-    pub fn destination(config: DeviceConfig, switch: Arc<Switch>) -> Result<Self> {
-        let this = Self::without_queues(config, switch)?;
-        lock(&this.shared.state).stopped = true;
-        Ok(this)
-    }
-
-    fn without_queues(config: DeviceConfig, switch: Arc<Switch>) -> Result<Self> {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 guest_cid: config.guest_cid,
@@ -258,7 +377,7 @@ impl Device {
             switch,
             features: config.features,
             host_cid: config.host_cid,
-            wake: Mutex::new(None),
+            wake: EventFd::new(EFD_NONBLOCK).context("making an eventfd")?,
             bridge: OnceLock::new(),
         });
         shared.switch.connect(config.guest_cid, &shared);
@@ -268,36 +387,20 @@ impl Device {
             let _ = shared.bridge.set(bridge);
         }
 
-        Ok(Self {
-            shared,
-            backend: None,
-            serving: None,
-            socket: config.socket,
-        })
-    }
-
-    /// Takes virtqueues from QEMU.
-    fn serve(&mut self) -> Result<()> {
         let memory = GuestMemoryAtomic::new(GuestMemoryMmap::<()>::new());
-        let backend = Arc::new(Backend::new(self.shared.clone(), memory.clone()));
-        let mut daemon =
-            VhostUserDaemon::new("vsock-device".to_owned(), backend.clone(), memory)
-                .map_err(|error| anyhow::anyhow!("starting the vhost-user backend: {error}"))?;
-        let wake = EventFd::new(libc_nonblock()).context("making an eventfd")?;
+        let backend = Arc::new(Backend::new(shared.clone(), memory.clone()));
+        let mut daemon = VhostUserDaemon::new("vsock-device".to_owned(), backend, memory)
+            .map_err(|error| anyhow::anyhow!("starting the vhost-user backend: {error}"))?;
         for handler in daemon.get_epoll_handlers() {
-            use std::os::fd::AsRawFd;
             handler
-                .register_listener(wake.as_raw_fd(), EventSet::IN, WAKE.into())
+                .register_listener(shared.wake.as_raw_fd(), EventSet::IN, WAKE.into())
                 .context("watching the device's eventfd")?;
         }
-        *lock(&self.shared.wake) = Some(wake);
-        if let Some(bridge) = self.shared.bridge() {
-            bridge.begin();
-        }
-        let mut listener = Listener::new(&self.socket, true)
-            .map_err(|error| anyhow::anyhow!("listening on {}: {error}", self.socket.display()))?;
+        let mut listener = Listener::new(&config.socket, true).map_err(|error| {
+            anyhow::anyhow!("listening on {}: {error}", config.socket.display())
+        })?;
         let serving = std::thread::Builder::new()
-            .name(format!("vsock-device-{}", self.shared.guest_cid()))
+            .name(format!("vsock-device-{}", config.guest_cid))
             .spawn(move || {
                 if let Err(error) = daemon.start(&mut listener) {
                     eprintln!("vsock-device: {error}");
@@ -307,66 +410,11 @@ impl Device {
                 let _ = daemon.wait();
             })
             .context("starting the device's thread")?;
-        self.serving = Some(serving);
-        self.backend = Some(backend);
-        Ok(())
-    }
-
-    /// Takes what the guest has sent and stops, for [`Device::hand_over`]. The guest has everything of an earlier
-    /// migration before.
-    pub fn stop(&self, limit: Duration) -> Result<()> {
-        let settled = |state: &State| {
-            let unanswered = self
-                .shared
-                .bridge()
-                .is_some_and(|bridge| bridge.awaits_answers());
-            state.events.is_empty() && state.update_parts == 0 && !unanswered
-        };
-        self.wait_until("the guest to answer the last migration", limit, settled)?;
-        self.change(|state| state.stopping = true);
-        self.wait_until("the device to stop", limit, |state| state.stopped)
-    }
-
-    /// Gives the virtqueues of a [stopped](Device::stop) device to another one. The guest is told of the connections that
-    /// were restored there, and goes on with these.
-    pub fn hand_over(mut self, to: &mut Device) {
-        let backend = self.backend.take();
-        let (before, generation) = {
-            let state = lock(&self.shared.state);
-            let before = Addresses {
-                guest_cid: state.guest_cid,
-                host_cid: self.shared.host_cid,
-            };
-            (before, state.generation.wrapping_add(1))
-        };
-        if let Some(bridge) = self.shared.bridge() {
-            bridge.forget_all();
-        }
-        *lock(&to.shared.wake) = lock(&self.shared.wake).take();
-        to.serving = self.serving.take();
-        to.socket.clone_from(&self.socket);
-        let tuples = to.shared.bridge().map_or_else(Vec::new, |bridge| {
-            bridge.restored(before.host_cid, to.shared.host_cid)
-        });
-        let update = Update {
-            generation,
-            old_guest_cid: before.guest_cid,
-            new_guest_cid: to.shared.guest_cid(),
-            tuples,
-        };
-        {
-            let mut state = lock(&to.shared.state);
-            state.before = Some(before);
-            state.generation = generation;
-            state
-                .for_guest
-                .push_back(ForGuest::Update(update.to_events()));
-        }
-        if let Some(backend) = &backend {
-            backend.set_device(to.shared.clone());
-        }
-        to.backend = backend;
-        to.change(|state| state.stopped = false);
+        Ok(Self {
+            shared,
+            serving: Some(serving),
+            socket: config.socket,
+        })
     }
 
     /// Waits until QEMU has gone.
@@ -537,8 +585,4 @@ impl Drop for Device {
             }
         }
     }
-}
-
-fn libc_nonblock() -> i32 {
-    vmm_sys_util::eventfd::EFD_NONBLOCK
 }

@@ -18,6 +18,8 @@
 //! | [`switch`] | which packet goes where |
 //! | [`blob`] | the host's end of a connection as bytes, for another device |
 //! | [`bridge`] | the host's side of connections, on Unix sockets |
+//! | [`state`] | what a device leaves to the one that its guest moves to |
+//! | [`relay`] | between QEMU and a guest's devices: moves the guest from one to another |
 
 pub mod backend;
 pub mod blob;
@@ -25,15 +27,21 @@ pub mod bridge;
 pub mod device;
 pub mod packed;
 pub mod packet;
+pub mod relay;
 pub mod ring;
+pub mod state;
 pub mod switch;
 pub mod update;
 
 pub use bridge::Bridge;
 pub use device::{Device, DeviceConfig};
 pub use packet::{Op, Packet};
+pub use relay::Relay;
 pub use switch::Switch;
 pub use update::{Tuple, Update};
 
 /// The host's CID.
 pub const HOST_CID: u64 = 2;
+
+/// What the program says when it can be connected to.
+pub const READY: &str = "ready";

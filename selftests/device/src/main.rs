@@ -7,10 +7,12 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use clap::Parser;
-use vsock_device::{Device, DeviceConfig, Switch};
+use vsock_device::update::FEATURE_CHECKPOINT;
+use vsock_device::{Device, DeviceConfig, Switch, HOST_CID, READY};
 
 /// Serves virtio socket devices over vhost-user, for QEMU's
-/// `-device vhost-user-test-device-pci,virtio-id=19,num_vqs=3,vq_size=128,config_size=8`.
+/// `-device vhost-user-test-device-pci,virtio-id=19,num_vqs=3,vq_size=128,config_size=8`. Says `ready` when QEMU and
+/// programs of the host can connect, and ends when QEMU has gone.
 #[derive(Parser)]
 #[command(version)]
 struct Arguments {
@@ -18,6 +20,12 @@ struct Arguments {
     /// `cid=3,socket=PATH,uds-path=PATH`. May be given several times; the guests reach each other by CID.
     #[arg(long = "guest", required = true)]
     guests: Vec<Guest>,
+    /// The host's CID.
+    #[arg(long, default_value_t = HOST_CID)]
+    host_cid: u64,
+    /// Offer that connections go on after a migration (VIRTIO_VSOCK_F_CHECKPOINT).
+    #[arg(long)]
+    checkpoint: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -62,8 +70,15 @@ fn main() -> Result<()> {
     let devices = arguments
         .guests
         .into_iter()
-        .map(|guest| Device::start(guest.0, switch.clone()))
+        .map(|Guest(mut config)| {
+            config.host_cid = arguments.host_cid;
+            if arguments.checkpoint {
+                config.features |= FEATURE_CHECKPOINT;
+            }
+            Device::start(config, switch.clone())
+        })
         .collect::<Result<Vec<_>>>()?;
+    println!("{READY}");
     for device in devices {
         device.wait();
     }

@@ -20,7 +20,7 @@ pub const SEQ_EOM: u32 = 1;
 /// `VIRTIO_VSOCK_SEQ_EOR`.
 pub const SEQ_EOR: u32 = 2;
 /// They belong to the last part of a message.
-const SEQ_END_FLAGS: u32 = SEQ_EOM | SEQ_EOR;
+pub const SEQ_END_FLAGS: u32 = SEQ_EOM | SEQ_EOR;
 
 /// What a packet is for (`VIRTIO_VSOCK_OP_*`), as a number so that tests can send others, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

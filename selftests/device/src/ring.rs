@@ -74,8 +74,8 @@ impl Buffer {
 /// What a device keeps for a ring besides what the vhost-user library does.
 #[derive(Default)]
 pub(crate) struct RingState {
-    /// Buffers used since the driver began, modulo 2^16.
-    used: AtomicU16,
+    /// Of a packed ring: buffers used since the driver began, modulo 2^16.
+    pub(crate) used: AtomicU16,
     /// Of a packed ring: descriptors used since it was last looked at whether the driver wants to know.
     pub(crate) unsignalled: AtomicU16,
 }
@@ -99,6 +99,9 @@ pub(crate) trait Layout {
     /// Makes a buffer a used one, with so many bytes written.
     fn add_used(&self, buffer: &Buffer, len: u32);
 
+    /// Buffers used since the driver began, modulo 2^16.
+    fn used(&self) -> u16;
+
     /// Makes the driver see a used buffer that no driver has made available.
     fn forge_used(&self, id: u16, len: u32);
 
@@ -118,7 +121,6 @@ pub(crate) trait Layout {
 /// A virtqueue while the device works on it.
 pub(crate) struct Ring<'a> {
     vring: &'a Vring,
-    state: &'a RingState,
     layout: Box<dyn Layout + 'a>,
 }
 
@@ -134,22 +136,7 @@ impl<'a> Ring<'a> {
         } else {
             Box::new(SplitRing { vring, memory })
         };
-        Self {
-            vring,
-            state,
-            layout,
-        }
-    }
-
-    /// Buffers used since the driver began, modulo 2^16.
-    pub(crate) fn used(&self) -> u16 {
-        self.state.used.load(Ordering::Relaxed)
-    }
-
-    /// Makes a buffer a used one, with so many bytes written.
-    pub(crate) fn add_used(&self, buffer: &Buffer, len: u32) {
-        self.layout.add_used(buffer, len);
-        self.state.used.fetch_add(1, Ordering::Relaxed);
+        Self { vring, layout }
     }
 
     /// Interrupts the driver.
@@ -201,6 +188,10 @@ impl Layout for SplitRing<'_> {
     fn add_used(&self, buffer: &Buffer, len: u32) {
         // It fails for a ring that is not in the guest's memory, and then the driver does not learn of it.
         let _ = self.vring.add_used(buffer.id, len);
+    }
+
+    fn used(&self) -> u16 {
+        self.vring.get_ref().get_queue().next_used()
     }
 
     fn forge_used(&self, id: u16, len: u32) {

@@ -52,20 +52,27 @@ impl Switch {
 
     /// Sends on a packet that the guest of `from` has sent.
     ///
-    /// A packet from a CID that is not the guest's is dropped; one to a CID that nobody has is answered with RST.
-    pub(crate) fn route(&self, from: &Arc<Shared>, packet: Packet) {
+    /// A packet from a CID that is not the guest's is dropped; one to a CID that nobody has is answered with RST. Packets
+    /// that were on their way at a migration have addresses of before: they still belong to their connections, and
+    /// requests to the guest that it is now.
+    pub(crate) fn route(&self, from: &Arc<Shared>, mut packet: Packet) {
         let (now, before) = from.addresses();
-        let is_of = |addresses: Addresses| {
-            packet.src_cid == addresses.guest_cid && packet.dst_cid == addresses.host_cid
+        let is_of_before = |cid| before.iter().any(|it| it.guest_cid == cid);
+        if packet.op == Op::REQUEST && is_of_before(packet.src_cid) {
+            packet.src_cid = now.guest_cid;
+        }
+        let addresses = Addresses {
+            guest_cid: packet.src_cid,
+            host_cid: packet.dst_cid,
         };
-        if is_of(now) {
+        if addresses == now {
             match from.bridge() {
                 Some(bridge) => bridge.receive(packet),
                 None => refuse(from, &packet),
             }
             return;
         }
-        if before.is_some_and(is_of) {
+        if before.contains(&addresses) && packet.op != Op::REQUEST {
             if let Some(bridge) = from.bridge() {
                 bridge.receive_late(packet);
             }

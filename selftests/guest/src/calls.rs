@@ -5,13 +5,14 @@
 use std::os::fd::RawFd;
 use std::process::Command;
 
-use anyhow::{bail, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use serde_json::{json, Value};
 
 use crate::observe;
 use crate::pattern;
+use crate::sender::Sender;
 use crate::sys::{self, End};
 use crate::waiting;
 use crate::zerocopy;
@@ -70,7 +71,14 @@ struct Way {
 struct Pattern {
     fd: RawFd,
     seed: u64,
+    #[serde(default = "without_end")]
     len: u64,
+}
+
+#[derive(Deserialize)]
+struct Messages {
+    fd: RawFd,
+    seed: u64,
 }
 
 #[derive(Deserialize)]
@@ -206,6 +214,13 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
         "send_small" => send_small(&params(given)?)?,
         "send_pattern" => send_pattern(&params(given)?)?,
         "recv_pattern" => recv_pattern(&params(given)?)?,
+        "send_pattern_zero_copy" => {
+            let Pattern { fd, seed, len } = params(given)?;
+            json!(zerocopy::send_pattern(fd, seed, len)?)
+        }
+        "send_messages" => send_messages(&params(given)?)?,
+        "recv_messages" => recv_messages(&params(given)?)?,
+        "end_sending" => json!(Sender::end(params::<Fd>(given)?.fd)),
         "shutdown" => {
             let FdNumber { fd, number } = params(given)?;
             json!(sys::shutdown(fd, number)?)
@@ -269,11 +284,16 @@ fn send_small(wanted: &Small) -> Result<Value> {
     Ok(json!(wanted.count))
 }
 
-/// Sends all of a pattern.
+fn without_end() -> u64 {
+    u64::MAX
+}
+
+/// Sends all of a pattern, or until `end_sending`; says how much that was.
 fn send_pattern(wanted: &Pattern) -> Result<Value> {
+    let sender = Sender::new(wanted.fd);
     let mut buffer = vec![0; PATTERN_PART];
     let mut sent = 0;
-    while sent < wanted.len {
+    while sent < wanted.len && !sender.is_ended() {
         let part = PATTERN_PART.min((wanted.len - sent) as usize);
         pattern::fill(&mut buffer[..part], wanted.seed, sent);
         let mut done = 0;
@@ -301,6 +321,38 @@ fn recv_pattern(wanted: &Pattern) -> Result<Value> {
         received += len as u64;
     }
     Ok(json!(received))
+}
+
+/// Sends messages of a pattern until `end_sending`; says how many that were.
+fn send_messages(wanted: &Messages) -> Result<Value> {
+    let sender = Sender::new(wanted.fd);
+    let mut sent = 0;
+    while !sender.is_ended() {
+        let message = pattern::message(wanted.seed, sent);
+        let len = sys::send(wanted.fd, &message, 0)?;
+        ensure!(len == message.len(), "{len} of {} bytes", message.len());
+        sent += 1;
+    }
+    Ok(json!(sent))
+}
+
+/// Receives messages of a pattern up to the end; says how many came. An error where one differs, in its length too.
+fn recv_messages(wanted: &Messages) -> Result<Value> {
+    let mut buffer = vec![0; pattern::MAX_MESSAGE + 1];
+    let mut received = 0;
+    loop {
+        let len = sys::recv(wanted.fd, &mut buffer, 0)?;
+        if len == 0 {
+            return Ok(json!(received));
+        }
+        let should = pattern::message(wanted.seed, received);
+        ensure!(
+            buffer[..len] == should,
+            "message {received}, of {} bytes, came as another one, of {len}",
+            should.len()
+        );
+        received += 1;
+    }
 }
 
 fn connect_many(wanted: &Many) -> Result<Value> {

@@ -10,6 +10,7 @@
 mod calls;
 mod observe;
 mod pattern;
+mod sender;
 mod sys;
 mod waiting;
 mod zerocopy;

@@ -8,6 +8,8 @@ use std::os::fd::RawFd;
 
 use anyhow::{ensure, Result};
 
+use crate::pattern;
+use crate::sender::Sender;
 use crate::sys;
 
 /// How much one call sends, in bytes.
@@ -16,21 +18,78 @@ const PART: usize = 16 * 1024;
 /// `SO_EE_ORIGIN_ZEROCOPY` of linux/errqueue.h.
 const ORIGIN_ZEROCOPY: u8 = 5;
 
+/// How much is sent before the pages are used for something else, in bytes.
+const WINDOW: u64 = 16 * PART as u64;
+
+/// How long a completion may take, in milliseconds, before it is looked for again.
+const LOOK_AGAIN_MS: libc::c_int = 10;
+
+fn enable(fd: RawFd) -> io::Result<()> {
+    let on = 1_i32.to_ne_bytes();
+    sys::set_option(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, &on)
+}
+
+/// Sends a part of `bytes`, without waiting; `None` where the socket takes nothing.
+fn send_some(fd: RawFd, bytes: &[u8]) -> io::Result<Option<usize>> {
+    match sys::send(fd, bytes, libc::MSG_ZEROCOPY | libc::MSG_DONTWAIT) {
+        Ok(len) => Ok(Some(len)),
+        Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Sends all of a pattern, or until it is asked to end, and waits for the completions before pages are used again: they have to come in order, each
+/// once, and one at least for each call.
+pub fn send_pattern(fd: RawFd, seed: u64, len: u64) -> Result<u64> {
+    enable(fd)?;
+    let sender = Sender::new(fd);
+    let (mut sent, mut calls, mut completed) = (0, 0, 0);
+    while sent < len && !sender.is_ended() {
+        let mut bytes = vec![0; WINDOW.min(len - sent) as usize];
+        pattern::fill(&mut bytes, seed, sent);
+        let mut rest = &bytes[..];
+        while !rest.is_empty() {
+            match send_some(fd, &rest[..rest.len().min(PART)])? {
+                Some(len) => {
+                    rest = &rest[len..];
+                    calls += 1;
+                }
+                None => {
+                    note_completions(fd, &mut completed)?;
+                    sys::poll(fd, libc::POLLOUT, LOOK_AGAIN_MS)?;
+                }
+            }
+        }
+        while completed < calls || sys::ioctl_int(fd, libc::TIOCOUTQ)? > 0 {
+            note_completions(fd, &mut completed)?;
+            sys::poll(fd, 0, LOOK_AGAIN_MS)?;
+        }
+        sent += bytes.len() as u64;
+    }
+    note_completions(fd, &mut completed)?;
+    Ok(sent)
+}
+
+/// Takes the completions that are there, which have to follow those of before.
+fn note_completions(fd: RawFd, completed: &mut u32) -> Result<()> {
+    for (first, last) in completions(fd)? {
+        ensure!(
+            first == *completed && last >= first,
+            "the calls {first} to {last} are said to be complete after {completed} calls"
+        );
+        *completed = last + 1;
+    }
+    Ok(())
+}
+
 /// Sends until the socket takes no more, without waiting, `limit` times at most. Returns how many calls were made. The
 /// pages are never used for anything else.
 pub fn send_what_fits(fd: RawFd, limit: usize) -> Result<usize> {
-    sys::set_option(
-        fd,
-        libc::SOL_SOCKET,
-        libc::SO_ZEROCOPY,
-        &1_i32.to_ne_bytes(),
-    )?;
+    enable(fd)?;
     for sent in 0..limit {
         let bytes = vec![0x5a_u8; PART].leak();
-        match sys::send(fd, bytes, libc::MSG_ZEROCOPY | libc::MSG_DONTWAIT) {
-            Ok(_) => {}
-            Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Ok(sent),
-            Err(error) => return Err(error.into()),
+        if send_some(fd, bytes)?.is_none() {
+            return Ok(sent);
         }
     }
     Ok(limit)

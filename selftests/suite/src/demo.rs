@@ -8,21 +8,20 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use vsock_device::update::FEATURE_CHECKPOINT;
 use vsock_device::HOST_CID;
 
 use crate::agent::{sh, CallError};
 use crate::lab::{expect_eq, wait_for, Call, Guest, Lab, GUEST_CID, LIMIT, PORT, STREAM};
-use crate::machine::{check_log, Env, Hardware};
-use crate::tests::migration::carry_streams;
+use crate::machine::{check_log, Env};
+use crate::tests::migration::carry_traffic;
+use crate::tests::traffic::Kind;
 use crate::Driver;
 
 /// How much goes each way, in bytes.
 const AMOUNT: u64 = 8 << 20;
 
-/// How often the guest moves with its connections, and how long each of the streams is that go on meanwhile, in bytes.
+/// How often the guest moves with its connections.
 const MIGRATIONS: u32 = 5;
-const STREAM_LEN: u64 = 16 << 20;
 
 /// The CID that the guest gets by the reset.
 const NEW_CID: u32 = GUEST_CID + 1;
@@ -72,10 +71,7 @@ fn step<T>(what: &str, act: impl FnOnce() -> Result<(T, String)>) -> Result<T> {
 fn show(env: &Env) -> Result<Observed> {
     let lab = Lab::new(env, Driver::Rs, "demo")?;
     let mut guest = step("boot a guest, load the module", || {
-        let guest = lab.guest_on(&Hardware {
-            features: FEATURE_CHECKPOINT,
-            ..Hardware::default()
-        })?;
+        let guest = lab.moving_guest()?;
         let driver = guest
             .sh("basename $(readlink /sys/bus/virtio/drivers/virtio_vsock_rs/virtio*/driver)")?;
         expect_eq("the device's driver", driver.trim(), "virtio_vsock_rs")?;
@@ -116,12 +112,12 @@ fn show(env: &Env) -> Result<Observed> {
         expect_eq("a new connection", observed.reconnect.as_str(), "accepted")?;
         Ok(((), String::new()))
     })?;
-    step(
+    let amount = step(
         "move the guest to other devices, with streams of two programs",
         || {
-            let amounts = (2, MIGRATIONS, STREAM_LEN);
-            carry_streams(&lab, &mut guest, amounts, |_, _, _| Ok(()))?;
-            Ok(((), format!("{MIGRATIONS} times")))
+            let streams = (&[Kind::BothWays; 2][..], MIGRATIONS);
+            let amount = carry_traffic(&lab, &mut guest, streams, |_| Ok(()))?;
+            Ok((amount, format!("{MIGRATIONS} times")))
         },
     )?;
     step("their programs in the guest have noticed nothing", || {
@@ -131,7 +127,7 @@ fn show(env: &Env) -> Result<Observed> {
             went_on,
             2 * i64::from(MIGRATIONS),
         )?;
-        let total = (4 * STREAM_LEN) >> 20;
+        let total = amount.bytes >> 20;
         Ok(((), format!("all {total} MiB came in order")))
     })?;
     step("remove the module", || {

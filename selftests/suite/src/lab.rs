@@ -3,20 +3,24 @@
 //! What a test of the device tier works with: guests, their devices in this process, and a peer that the test plays itself.
 
 use std::collections::HashMap;
-use std::io::{Read, Write};
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::ops::Deref;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::{bail, ensure, Context, Result};
 use serde_json::json;
+use vsock_device::bridge;
 use vsock_device::device::{FEATURE_RING_PACKED, RING_FEATURES};
 use vsock_device::packet::{TYPE_SEQPACKET, TYPE_STREAM};
 use vsock_device::update::FEATURE_CHECKPOINT;
-use vsock_device::{Device, DeviceConfig, Op, Packet, Switch, HOST_CID};
+use vsock_device::{Device, DeviceConfig, Op, Packet, Relay, Switch, HOST_CID, READY};
 
 use crate::agent::{sh_ok, CallError, Pending};
 use crate::initramfs::Initramfs;
@@ -42,6 +46,9 @@ pub const PORT: u32 = 1234;
 /// The receive buffer of a peer that a test plays, in bytes.
 const PEER_BUF_ALLOC: u32 = 256 * 1024;
 
+/// How much of a connection's state is written at once, in bytes.
+const STATE_PIECE: usize = 32 * 1024;
+
 /// How often a guest is booted whose kernel stands still before it has started anything of ours.
 const BOOT_ATTEMPTS: u32 = 5;
 
@@ -55,6 +62,7 @@ pub struct Lab<'a> {
     machines: Mutex<Vec<Arc<Machine>>>,
     /// What the rings of devices can do.
     ring_features: AtomicU64,
+    destinations: AtomicU32,
 }
 
 impl<'a> Lab<'a> {
@@ -66,6 +74,7 @@ impl<'a> Lab<'a> {
             switch: Switch::new(),
             machines: Mutex::default(),
             ring_features: AtomicU64::new(RING_FEATURES),
+            destinations: AtomicU32::new(1),
         })
     }
 
@@ -157,14 +166,61 @@ impl<'a> Lab<'a> {
         Ok((device, config))
     }
 
-    /// Makes the device that a guest's moves to: with another CID of the guest, another one of the host, and other Unix
-    /// sockets.
-    pub fn destination(&self, guest: &Guest, cid: u32, host_cid: u64) -> Result<(Device, PathBuf)> {
-        let mut config = self.device_config(cid, &format!("guest{}.{cid}", guest.cid));
-        config.host_cid = host_cid;
-        config.features |= FEATURE_CHECKPOINT;
-        let uds = config.uds_path.clone().unwrap_or_default();
-        Ok((Device::destination(config, self.switch.clone())?, uds))
+    /// Boots a guest that can move to other devices.
+    pub fn moving_guest(&self) -> Result<MovingGuest> {
+        let hardware = Hardware {
+            features: FEATURE_CHECKPOINT,
+            ..Hardware::default()
+        };
+        let mut relay = None;
+        let guest = self.boot_behind(
+            GUEST_CID,
+            &hardware,
+            &mut |device| {
+                let socket = device.with_extension("relay");
+                relay = Some(Relay::start(&socket, device)?);
+                Ok(socket)
+            },
+            |initramfs| initramfs.driver(self.driver),
+        )?;
+        Ok(MovingGuest {
+            guest,
+            relay: relay.context("the guest has no relay")?,
+            destination: None,
+        })
+    }
+
+    /// Starts the device that a guest moves to, as a process: with another CID of the guest, perhaps another one of the
+    /// host, and other Unix sockets.
+    pub fn destination(&self, cid: u32, host_cid: u64) -> Result<Destination> {
+        let number = self.destinations.fetch_add(1, Ordering::Relaxed);
+        let config = self.device_config(cid, &format!("destination{number}"));
+        let uds = config.uds_path.context("it has a path")?;
+        let mut guest = OsString::from(format!("cid={cid},socket="));
+        guest.push(&config.socket);
+        guest.push(",uds-path=");
+        guest.push(&uds);
+        let mut process = Command::new(&self.env.device)
+            .arg("--checkpoint")
+            .arg("--host-cid")
+            .arg(host_cid.to_string())
+            .arg("--guest")
+            .arg(guest)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("starting vsock-device")?;
+        let stdout = process.stdout.take().context("it has an output")?;
+        let mut said = String::new();
+        BufReader::new(stdout).read_line(&mut said)?;
+        let destination = Destination {
+            cid,
+            socket: config.socket,
+            uds,
+            process,
+        };
+        ensure!(said.trim_end() == READY, "vsock-device says {said:?}");
+        Ok(destination)
     }
 
     fn device_config(&self, cid: u32, name: &str) -> DeviceConfig {
@@ -195,9 +251,21 @@ impl<'a> Lab<'a> {
         hardware: &Hardware,
         fill: impl Fn(&mut Initramfs) -> Result<()>,
     ) -> Result<Guest> {
+        self.boot_behind(cid, hardware, &mut |device| Ok(device.to_owned()), fill)
+    }
+
+    /// The same, with something between QEMU and the device: `stand_between` gets the device's socket and returns
+    /// QEMU's.
+    fn boot_behind(
+        &self,
+        cid: u32,
+        hardware: &Hardware,
+        stand_between: &mut dyn FnMut(&Path) -> Result<PathBuf>,
+        fill: impl Fn(&mut Initramfs) -> Result<()>,
+    ) -> Result<Guest> {
         let mut attempts = 1..BOOT_ATTEMPTS;
         loop {
-            match self.boot_once(cid, hardware, &fill) {
+            match self.boot_once(cid, hardware, stand_between, &fill) {
                 Err(error) if error.is::<KernelStoodStill>() && attempts.next().is_some() => {
                     println!("note: {error:#}; begun again");
                 }
@@ -210,6 +278,7 @@ impl<'a> Lab<'a> {
         &self,
         cid: u32,
         hardware: &Hardware,
+        stand_between: &mut dyn FnMut(&Path) -> Result<PathBuf>,
         fill: &impl Fn(&mut Initramfs) -> Result<()>,
     ) -> Result<Guest> {
         // Machines of before are still there, and have their files.
@@ -220,6 +289,7 @@ impl<'a> Lab<'a> {
         let mut config = self.device_config(cid, &name);
         config.features |= hardware.features;
         let device = Device::start(config.clone(), self.switch.clone())?;
+        let socket = stand_between(&config.socket)?;
         let mut initramfs = Initramfs::new(self.env)?;
         fill(&mut initramfs)?;
         let has_driver = initramfs.has_driver();
@@ -228,7 +298,7 @@ impl<'a> Lab<'a> {
         let machine = Arc::new(Machine::boot(
             self.env,
             Kind::Guest {
-                device: &config.socket,
+                device: &socket,
                 hardware,
             },
             &name,
@@ -265,6 +335,65 @@ pub struct Guest {
     /// The path of the host's Unix sockets for this guest.
     pub uds: PathBuf,
     pub cid: u32,
+}
+
+/// A device that a guest moves to. Dropping it ends its process.
+pub struct Destination {
+    pub cid: u32,
+    socket: PathBuf,
+    /// The path of the host's Unix sockets.
+    pub uds: PathBuf,
+    process: Child,
+}
+
+impl Drop for Destination {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = std::fs::remove_file(&self.socket);
+        for socket_type in [TYPE_STREAM, TYPE_SEQPACKET] {
+            let _ = std::fs::remove_file(bridge::entrance(&self.uds, socket_type));
+        }
+    }
+}
+
+/// A guest that can move to other devices. Its own [`Guest::device`] is the one that it was booted with.
+pub struct MovingGuest {
+    guest: Guest,
+    relay: Relay,
+    destination: Option<Destination>,
+}
+
+impl Deref for MovingGuest {
+    type Target = Guest;
+
+    fn deref(&self) -> &Guest {
+        &self.guest
+    }
+}
+
+impl MovingGuest {
+    /// Connects to a port of the guest as a program of the host does, with a socket of a type (`TYPE_*`); returns the
+    /// port of the host, too.
+    pub fn connect_from_host_by(&self, socket_type: u16, port: u32) -> Result<(UnixStream, u32)> {
+        connect_by(&self.uds, socket_type, port)
+    }
+
+    /// Stops the device: programs of the host can ask it for the states of their connections.
+    pub fn stop(&self) -> Result<()> {
+        self.relay.stop().context("stopping the device")
+    }
+
+    /// Goes on with another device.
+    pub fn go_on(&mut self, destination: Destination) -> Result<()> {
+        self.relay
+            .go_on(&destination.socket)
+            .context("going on with another device")?;
+        self.guest.cid = destination.cid;
+        self.guest.uds.clone_from(&destination.uds);
+        self.destination = Some(destination);
+        Ok(())
+    }
 }
 
 /// The result of a system call in a guest.
@@ -470,14 +599,6 @@ impl Guest {
         self.call("getpeername", json!({"fd": fd}))
     }
 
-    /// Moves to another device, whose [`Device::stop`] was called. `cid` and `uds` are that one's.
-    pub fn move_to(&mut self, destination: Device, cid: u32, uds: PathBuf) {
-        let source = std::mem::replace(&mut self.device, destination);
-        source.hand_over(&mut self.device);
-        self.cid = cid;
-        self.uds = uds;
-    }
-
     /// Connects to a port of the guest as a program of the host does.
     pub fn connect_from_host(&self, port: u32) -> Result<UnixStream> {
         Ok(self.connect_from_host_port(port)?.0)
@@ -485,23 +606,14 @@ impl Guest {
 
     /// The same, with the port of the host that the connection has.
     pub fn connect_from_host_port(&self, port: u32) -> Result<(UnixStream, u32)> {
-        let mut stream = UnixStream::connect(&self.uds).context("connecting to the bridge")?;
-        stream.set_read_timeout(Some(LIMIT))?;
-        stream.set_write_timeout(Some(LIMIT))?;
-        writeln!(stream, "CONNECT {port}")?;
-        let answer = read_line(&mut stream).context("waiting for OK")?;
-        let host_port = answer
-            .strip_prefix("OK ")
-            .with_context(|| format!("the answer to CONNECT {port} is {answer:?}"))?;
-        Ok((stream, host_port.parse()?))
+        connect_by(&self.uds, TYPE_STREAM, port)
     }
 
     /// Asks the device, as a program of the host does, for the state of a connection that the program has.
     pub fn checkpoint(&self, host_port: u32, guest_port: u32) -> Result<Vec<u8>> {
-        let mut stream = UnixStream::connect(&self.uds).context("connecting to the bridge")?;
-        stream.set_read_timeout(Some(LIMIT))?;
+        let mut stream = connect_to_bridge(&self.uds, TYPE_STREAM)?;
         writeln!(stream, "CHECKPOINT {host_port} {guest_port}")?;
-        let answer = read_line(&mut stream).context("waiting for STATE")?;
+        let answer = read_line(&mut stream, TYPE_STREAM).context("waiting for STATE")?;
         let len = answer
             .strip_prefix("STATE ")
             .with_context(|| format!("the answer to CHECKPOINT is {answer:?}"))?;
@@ -512,9 +624,7 @@ impl Guest {
 
     /// Serves a port of the host to the guest.
     pub fn host_listener(&self, port: u32) -> Result<UnixListener> {
-        let path = format!("{}_{port}", self.uds.display());
-        let _ = std::fs::remove_file(&path);
-        UnixListener::bind(&path).with_context(|| format!("listening on {path}"))
+        host_listener(&self.uds, port)
     }
 
     /// Lets the guest switch itself off; there is no answer to this.
@@ -541,16 +651,47 @@ impl Guest {
     }
 }
 
+/// Serves a port of the host to the guest of the device at `uds`.
+pub fn host_listener(uds: &Path, port: u32) -> Result<UnixListener> {
+    let path = format!("{}_{port}", uds.display());
+    let _ = std::fs::remove_file(&path);
+    UnixListener::bind(&path).with_context(|| format!("listening on {path}"))
+}
+
+/// Connects to the bridge of a device as a program of the host.
+fn connect_to_bridge(uds: &Path, socket_type: u16) -> Result<UnixStream> {
+    let entrance = bridge::entrance(uds, socket_type);
+    let stream = bridge::connect(&entrance, socket_type).context("connecting to the bridge")?;
+    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_write_timeout(Some(LIMIT))?;
+    Ok(stream)
+}
+
+fn connect_by(uds: &Path, socket_type: u16, port: u32) -> Result<(UnixStream, u32)> {
+    let mut stream = connect_to_bridge(uds, socket_type)?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
+    let answer = read_line(&mut stream, socket_type).context("waiting for OK")?;
+    let host_port = answer
+        .strip_prefix("OK ")
+        .with_context(|| format!("the answer to CONNECT {port} is {answer:?}"))?;
+    Ok((stream, host_port.parse()?))
+}
+
 /// Hands a connection's state to the device at `uds`, as a program of the host does; returns the connection, or why it was
 /// refused.
 pub fn restore(uds: &Path, state: &[u8]) -> Result<UnixStream> {
-    let mut stream = UnixStream::connect(uds).context("connecting to the bridge")?;
-    stream.set_read_timeout(Some(LIMIT))?;
-    stream.set_write_timeout(Some(LIMIT))?;
-    writeln!(stream, "RESTORE {}", state.len())?;
-    // A device that refuses it by its length reads no more.
-    let _ = stream.write_all(state);
-    let answer = read_line(&mut stream).context("waiting for OK")?;
+    restore_by(uds, TYPE_STREAM, state)
+}
+
+/// The same for a connection of a type (`TYPE_*`).
+pub fn restore_by(uds: &Path, socket_type: u16, state: &[u8]) -> Result<UnixStream> {
+    let mut stream = connect_to_bridge(uds, socket_type)?;
+    stream.write_all(format!("RESTORE {}\n", state.len()).as_bytes())?;
+    for piece in state.chunks(STATE_PIECE) {
+        // A device that refuses it by its length reads no more.
+        let _ = stream.write_all(piece);
+    }
+    let answer = read_line(&mut stream, socket_type).context("waiting for OK")?;
     ensure!(
         answer.starts_with("OK "),
         "the answer to RESTORE is {answer:?}"
@@ -558,14 +699,21 @@ pub fn restore(uds: &Path, state: &[u8]) -> Result<UnixStream> {
     Ok(stream)
 }
 
-/// Reads a line, and not a byte more.
-fn read_line(stream: &mut UnixStream) -> Result<String> {
+/// Reads a line, and not a byte more: a message, or a stream byte by byte.
+fn read_line(stream: &mut UnixStream, socket_type: u16) -> Result<String> {
+    let mut piece = if socket_type == TYPE_STREAM {
+        vec![0]
+    } else {
+        vec![0; 256]
+    };
     let mut line = Vec::new();
-    let mut byte = [0];
-    while stream.read(&mut byte)? == 1 && byte[0] != b'\n' {
-        line.push(byte[0]);
+    loop {
+        let len = stream.read(&mut piece)?;
+        line.extend(&piece[..len]);
+        if len == 0 || line.ends_with(b"\n") {
+            return Ok(String::from_utf8_lossy(&line).trim_end().to_owned());
+        }
     }
-    Ok(String::from_utf8_lossy(&line).into_owned())
 }
 
 /// Waits until a condition holds that gives no event to wait for.

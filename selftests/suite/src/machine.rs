@@ -37,12 +37,18 @@ pub struct Env {
     pub rs_module: PathBuf,
     /// The agent for the machines.
     pub agent: PathBuf,
+    /// The socket device as a program of its own.
+    pub device: PathBuf,
     /// The example of a program that lives with migrations.
     pub forwarder: PathBuf,
     /// Where each test gets a folder.
     pub run: PathBuf,
     /// QEMU's accelerator.
     pub accelerator: String,
+    /// How often a guest moves in the tests of migrations, where it is not the usual number.
+    pub migrations: Option<u32>,
+    /// What decides on the random moments of tests.
+    pub seed: u64,
 }
 
 impl Env {

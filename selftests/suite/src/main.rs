@@ -85,6 +85,12 @@ enum Command {
         /// How many times to run each test
         #[arg(long, default_value_t = 1)]
         repeat: u32,
+        /// How often a guest moves in the tests of migrations; default: a few times
+        #[arg(long)]
+        migrations: Option<u32>,
+        /// What decides on random moments, as a test that failed has said; default: another one each time
+        #[arg(long)]
+        seed: Option<u64>,
     },
     /// Shows the driver at work
     Demo,
@@ -119,6 +125,7 @@ impl Arguments {
             upstream: kernel.join("upstream"),
             rs_module: kernel.join("module/virtio_vsock_rs.ko"),
             agent: programs.join("vsock-guest-agent"),
+            device: programs.join("vsock-device"),
             forwarder: programs.join("vsock-forwarder"),
             run,
             accelerator: match std::env::var("VSOCK_ACCEL").as_deref() {
@@ -126,6 +133,8 @@ impl Arguments {
                 _ => "tcg,thread=multi".to_owned(),
             },
             release,
+            migrations: None,
+            seed: fastrand::u64(..),
         })
     }
 }
@@ -174,7 +183,7 @@ fn main() -> ExitCode {
 
 /// Does what was asked for; returns whether all went well.
 fn carry_out(arguments: Arguments) -> Result<bool> {
-    let env = arguments.env()?;
+    let mut env = arguments.env()?;
     let succeeded = match arguments.command {
         Command::List => {
             for test in tests::all(&env) {
@@ -190,7 +199,13 @@ fn carry_out(arguments: Arguments) -> Result<bool> {
             jobs,
             driver,
             repeat,
-        } => run(&env, &filters, jobs, driver, repeat)?,
+            migrations,
+            seed,
+        } => {
+            env.migrations = migrations;
+            env.seed = seed.unwrap_or(env.seed);
+            run(&env, &filters, jobs, driver, repeat)?
+        }
         Command::Demo => demo::run(&env)?,
         Command::Bench { runs } => {
             let table = host_tier::bench(&env, runs, &mut |progress| eprintln!("  {progress}"))?;

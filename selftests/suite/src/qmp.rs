@@ -75,6 +75,18 @@ impl Monitor {
         Ok(())
     }
 
+    /// Stops the guest's processors, and its devices.
+    pub fn pause(&mut self) -> Result<()> {
+        self.execute(&qmp::stop {})?;
+        Ok(())
+    }
+
+    /// Lets a guest go on that was paused.
+    pub fn resume(&mut self) -> Result<()> {
+        self.execute(&qmp::cont {})?;
+        Ok(())
+    }
+
     /// Waits until the guest has suspended itself to RAM, and wakes it up.
     pub fn wake_when_suspended(&mut self) -> Result<()> {
         self.wait_event("the guest to sleep", |event| {

@@ -15,6 +15,7 @@ mod recovery;
 mod reset;
 mod sharing;
 mod stream;
+pub mod traffic;
 mod units;
 
 use vsock_device::device::{FEATURE_RING_PACKED, RING_FEATURES};
@@ -83,7 +84,7 @@ tests! {
         request_before_event, zerocopy_completions, lingering_close, sockets_in_a_sockmap;
     checkpoint: connections_go_on, unlisted_are_reset, packets_that_wait, packets_before_and_after,
         behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates;
-    migration: streams_go_on, bad_states, told_to_programs;
+    migration: traffic_goes_on, bad_states, told_to_programs;
     recovery: resets_and_a_reboot, collector_dies, collector_in_a_guest;
     units: migrated_service, journal_is_forwarded;
     sharing: fairness, order_is_kept, memory_of_small_packets;
@@ -100,7 +101,6 @@ tests_on_packed_rings! {
     stream: over_the_bridge, between_guests, many_connections;
     reset: new_cid, request_before_event;
     checkpoint: packets_before_and_after, behind_a_flood, again_and_again;
-    migration: streams_go_on;
     sharing: fairness;
     hardware: ring_sizes, without_ring_features, platform_dma, mmio;
     lifecycle: unbind_in_a_loop, hotplug, suspend;

@@ -1,242 +1,252 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A guest moves from one device to another, with other CIDs of the guest and of the host. Programs of the host ask for
-//! the state of their connections, carry it over, and go on; the guest's programs notice nothing.
+//! A guest moves from one device to another, which is a process of its own, with other CIDs of the guest and of the host.
+//! Programs of the host ask for the state of their connections, carry it over, and go on; the guest's programs notice
+//! nothing.
 
-use std::io::{ErrorKind, Read, Write};
+use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::{channel, Receiver, Sender};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use anyhow::{anyhow, ensure, Context, Result};
-use vsock_device::blob::ConnectionBlob;
-use vsock_device::update::FEATURE_CHECKPOINT;
+use anyhow::{ensure, Context, Result};
+use vsock_device::blob::{ConnectionBlob, Part};
 use vsock_device::HOST_CID;
 
-use crate::lab::{expect_eq, expect_errno, restore, Guest, Lab, GUEST_CID, LIMIT, PORT};
-use crate::machine::Hardware;
-use crate::pattern;
+use crate::agent::Pending;
+use crate::lab::{
+    expect_eq, expect_errno, host_listener, restore, Guest, Lab, MovingGuest, GUEST_CID, LIMIT,
+    PORT, STREAM,
+};
+use crate::tests::traffic::{Amount, Kind, Traffic};
 
-/// The port of the guest's program that has the streams.
-const STREAMS_PORT: u32 = 5555;
+/// `SO_VM_SOCKETS_CONNECT_TIMEOUT` with a time of 64 bits.
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: i32 = 8;
 
-/// How much a program of the host sends or receives at once, in bytes.
-const PART: usize = 32 * 1024;
+/// The port of the host that the guest connects to.
+const HOST_PORT: u32 = 6666;
 
-fn guest(lab: &Lab) -> Result<Guest> {
-    lab.guest_on(&Hardware {
-        features: FEATURE_CHECKPOINT,
-        ..Hardware::default()
+/// How often a guest moves, where nobody has said it.
+const MIGRATIONS: u32 = 25;
+
+/// The longest time between migrations, in milliseconds.
+const LONGEST_PAUSE: u64 = 100;
+
+/// Connections of all kinds through many migrations at random moments: not a byte is lost, doubled or out of order, and
+/// what nobody carries over is reset.
+pub fn traffic_goes_on(lab: &Lab) -> Result<()> {
+    let (seed, migrations) = (lab.env.seed, lab.env.migrations.unwrap_or(MIGRATIONS));
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut guest = lab.moving_guest()?;
+    let listener = guest.listener(PORT)?;
+    let mut traffic = Traffic::begin(&guest, Kind::ALL)?;
+    let mut moved = || -> Result<()> {
+        let mut host_cid = HOST_CID;
+        for round in 1..=migrations {
+            // Earlier addresses do not come again, as the extension has it.
+            let cid = if random.bool() {
+                guest.cid
+            } else {
+                GUEST_CID + round
+            };
+            let new_host_cid = if random.bool() {
+                host_cid
+            } else {
+                HOST_CID + 10_000 + u64::from(round)
+            };
+            let mut migration = Migration {
+                lab,
+                guest: &mut guest,
+                traffic: &mut traffic,
+                random: &mut random,
+                listener,
+                host_cid,
+            };
+            migration
+                .carry_out(cid, new_host_cid)
+                .with_context(|| format!("migration {round} of {migrations}"))?;
+            host_cid = new_host_cid;
+        }
+        Ok(())
+    };
+    let result = moved().and_then(|()| {
+        let amount = traffic.end(&guest)?;
+        let kept = guest.counter("kept_connections")?;
+        let should = i64::from(migrations) * Kind::ALL.len() as i64;
+        expect_eq("connections that went on", kept, should)?;
+        if lab.env.migrations.is_some() {
+            let Amount { bytes, messages } = amount;
+            println!(
+                "note: {migrations} migrations, {} MiB and {messages} messages",
+                bytes >> 20
+            );
+        }
+        Ok(())
+    });
+    result.with_context(|| {
+        format!("the same moments: scripts/harness run --migrations {migrations} --seed {seed} migration::traffic_goes_on")
     })
 }
 
-/// A program of the host in the middle of a stream each way: what it has sent and received so far.
-struct Program {
+/// One of many migrations, with what happens beside the traffic.
+struct Migration<'a, 'b> {
+    lab: &'a Lab<'b>,
+    guest: &'a mut MovingGuest,
+    traffic: &'a mut Traffic,
+    random: &'a mut fastrand::Rng,
+    listener: i32,
+    host_cid: u64,
+}
+
+/// A connection whose program does not carry it over as it is.
+struct Left {
+    fd: i32,
     stream: UnixStream,
     host_port: u32,
-    /// How long each stream is in all, in bytes.
-    len: u64,
-    sent: u64,
-    received: u64,
-    seed: u64,
+    /// Whether its state is handed in for another connection, which the guest does not have.
+    is_changed: bool,
 }
 
-/// A program that sends and receives until it is told that the guest moves.
-struct Working {
-    stop: Sender<()>,
-    thread: JoinHandle<Result<Program>>,
-}
-
-impl Working {
-    fn begin(program: Program) -> Self {
-        let (stop, stopped) = channel();
-        Self {
-            stop,
-            thread: std::thread::spawn(move || program.work(&stopped)),
+impl Migration<'_, '_> {
+    fn carry_out(&mut self, cid: u32, host_cid: u64) -> Result<()> {
+        if self.random.bool() {
+            std::thread::sleep(Duration::from_millis(self.random.u64(..LONGEST_PAUSE)));
         }
-    }
+        let left = self
+            .random
+            .bool()
+            .then(|| self.connection_to_leave())
+            .transpose()?;
+        let _host_listener = self.guest.host_listener(HOST_PORT)?;
+        let attempt = self
+            .random
+            .bool()
+            .then(|| self.begin_attempt())
+            .transpose()?;
+        let mut monitor = match self.random.bool() {
+            true => Some(self.guest.machine.monitor()?),
+            false => None,
+        };
 
-    fn end(self) -> Result<Program> {
-        // It may have ended with an error before.
-        let _ = self.stop.send(());
-        self.thread
-            .join()
-            .map_err(|_| anyhow!("a thread panicked"))?
-    }
-}
+        let destination = self.lab.destination(cid, host_cid)?;
+        let uds = destination.uds.clone();
+        if let Some(monitor) = &mut monitor {
+            monitor.pause()?;
+        }
+        self.guest.stop()?;
+        self.traffic.move_to(self.guest, &uds, self.random)?;
+        let left = left.map(|left| self.leave(left, &uds)).transpose()?;
+        let _new_host_listener = host_listener(&uds, HOST_PORT)?;
+        self.guest.go_on(destination)?;
+        if let Some(monitor) = &mut monitor {
+            monitor.resume()?;
+        }
+        self.traffic.work();
 
-impl Program {
-    fn work(mut self, stop: &Receiver<()>) -> Result<Self> {
-        self.stream.set_nonblocking(true)?;
-        let mut buffer = vec![0; PART];
-        while stop.try_recv().is_err() {
-            let sent = self.send(&mut buffer)?;
-            let received = self.receive(&mut buffer)?;
-            if !sent && !received {
-                std::thread::sleep(Duration::from_millis(1));
+        if let Some(Left {
+            fd,
+            mut stream,
+            is_changed,
+            ..
+        }) = left
+        {
+            let recv = self.guest.recv(fd, 1);
+            expect_errno("recv() on what was left", recv, "ECONNRESET")?;
+            self.guest.close(fd)?;
+            if is_changed {
+                let read = stream.read(&mut [0]).context("the end of no connection")?;
+                expect_eq("bytes of no connection", read, 0)?;
             }
         }
-        self.stream.set_nonblocking(false)?;
-        Ok(self)
-    }
-
-    /// Sends what there is room for; returns whether there was some.
-    fn send(&mut self, buffer: &mut [u8]) -> Result<bool> {
-        let len = (self.len - self.sent).min(buffer.len() as u64) as usize;
-        pattern::fill(&mut buffer[..len], self.seed, self.sent);
-        match self.stream.write(&buffer[..len]) {
-            Ok(len) => {
-                self.sent += len as u64;
-                Ok(len > 0)
+        if let Some((fd, attempt)) = attempt {
+            match attempt.wait::<()>(LIMIT) {
+                Ok(()) => {}
+                refused => expect_errno("connect()", refused, "ECONNRESET")?,
             }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
-            Err(error) => Err(error).context("the host's program sends"),
+            self.guest.close(fd)?;
         }
-    }
-
-    /// Takes what there is; returns whether there was something.
-    fn receive(&mut self, buffer: &mut [u8]) -> Result<bool> {
-        match (&self.stream).read(buffer) {
-            Ok(len) => {
-                let wrong = pattern::first_difference(&buffer[..len], self.seed + 1, self.received);
-                ensure!(
-                    wrong.is_none(),
-                    "byte {wrong:?} of the guest's stream is wrong"
-                );
-                self.received += len as u64;
-                Ok(len > 0)
-            }
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
-            Err(error) => Err(error).context("the host's program receives"),
+        if self.random.bool() {
+            self.new_connection(host_cid)?;
         }
+        Ok(())
     }
 
-    /// Reads to the end of its socket, asks for the state, and goes on with another socket.
-    fn move_to(mut self, guest: &Guest, uds: &Path) -> Result<Self> {
-        let host_port = self.host_port;
-        let asked = std::thread::scope(|scope| {
-            let asking = scope.spawn(|| guest.checkpoint(host_port, STREAMS_PORT));
-            // The device has to get rid of what it has begun to write.
-            let mut buffer = vec![0; PART];
-            let stream = self.stream.try_clone()?;
-            stream.set_read_timeout(Some(LIMIT))?;
-            while self.receive(&mut buffer)? {}
-            asking.join().map_err(|_| anyhow!("a thread panicked"))?
-        });
-        let state = asked.context("the state of a connection")?;
-        self.stream = restore(uds, &state)?;
-        Ok(self)
-    }
-}
-
-/// Runs programs at the host, each with a stream of `len` bytes to the guest and one from it, while the guest moves, and
-/// checks every byte. `after_each` is called with the guest after each migration, and the CIDs that it and the host have.
-pub fn carry_streams(
-    lab: &Lab,
-    guest: &mut Guest,
-    (programs, migrations, len): (u64, u32, u64),
-    mut after_each: impl FnMut(&Guest, u32, u64) -> Result<()>,
-) -> Result<()> {
-    let listener = guest.listener(STREAMS_PORT)?;
-    let mut resting = Vec::new();
-    let mut moving = Vec::new();
-    let mut fds = vec![listener];
-    for at in 0..programs {
-        let (stream, host_port) = guest.connect_from_host_port(STREAMS_PORT)?;
-        let fd = guest.accept(listener)?;
-        fds.push(fd);
-        let seed = at * 2;
-        moving.push(guest.start_recv_pattern(fd, seed, len));
-        moving.push(guest.start_send_pattern(fd, seed + 1, len));
-        resting.push(Program {
+    fn connection_to_leave(&mut self) -> Result<Left> {
+        let (stream, host_port) = self.guest.connect_from_host_port(PORT)?;
+        Ok(Left {
+            fd: self.guest.accept(self.listener)?,
             stream,
             host_port,
-            len,
-            sent: 0,
-            received: 0,
-            seed,
-        });
+            is_changed: self.random.bool(),
+        })
     }
-    for round in 1..=migrations {
-        let working: Vec<_> = resting.drain(..).map(Working::begin).collect();
-        // A moment of traffic, another one each time.
-        std::thread::sleep(Duration::from_millis(u64::from(round * 37 % 101)));
-        let cid = guest.cid + 1;
-        let host_cid = HOST_CID + 1000 + u64::from(round);
-        let (destination, uds) = lab.destination(guest, cid, host_cid)?;
-        guest.device.stop(LIMIT)?;
-        for program in working {
-            resting.push(program.end()?.move_to(guest, &uds)?);
+
+    /// Forgets a connection, or makes it another one that the guest does not have.
+    fn leave(&self, left: Left, uds: &Path) -> Result<Left> {
+        if !left.is_changed {
+            return Ok(left);
         }
-        guest.move_to(destination, cid, uds);
-        after_each(guest, cid, host_cid)?;
+        let mut blob = ConnectionBlob::parse(&self.guest.checkpoint(left.host_port, PORT)?)?;
+        blob.host_port += 1 << 20;
+        let stream = restore(uds, &blob.to_bytes())?;
+        Ok(Left { stream, ..left })
     }
-    let working: Vec<_> = resting.drain(..).map(Working::begin).collect();
-    for moved in moving {
-        expect_eq("bytes moved", moved.wait::<u64>(LIMIT)?, len)?;
+
+    /// Lets the guest begin to connect to the host.
+    fn begin_attempt(&self) -> Result<(i32, Pending)> {
+        let fd = self.guest.socket(STREAM)?;
+        // No migration takes so long, so that only an answer that is lost shows as this.
+        let limit = [LIMIT.as_secs() * 2, 0].map(u64::to_ne_bytes).concat();
+        self.guest
+            .set_option(fd, libc::AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &limit)?;
+        let host_cid = u32::try_from(self.host_cid)?;
+        Ok((fd, self.guest.start_connect(fd, host_cid, HOST_PORT)))
     }
-    for program in working {
-        let mut program = program.end()?;
-        let mut buffer = vec![0; PART];
-        while program.received < len && program.receive(&mut buffer)? {}
-        expect_eq(
-            "what the host's program has sent and received",
-            (program.sent, program.received),
-            (len, len),
-        )?;
+
+    fn new_connection(&self, host_cid: u64) -> Result<()> {
+        let _stream = self
+            .guest
+            .connect_from_host(PORT)
+            .context("a new connection")?;
+        let fd = self.guest.accept(self.listener)?;
+        let (own, peer) = (self.guest.own_address(fd)?, self.guest.peer_address(fd)?);
+        expect_eq("the guest's CID", own.0, self.guest.cid)?;
+        expect_eq("the host's CID", u64::from(peer.0), host_cid)?;
+        self.guest.close(fd)?;
+        Ok(())
     }
-    for fd in fds {
-        guest.close(fd)?;
-    }
-    Ok(())
 }
 
-/// Streams both ways through many migrations: not a byte is lost, doubled or out of order.
-pub fn streams_go_on(lab: &Lab) -> Result<()> {
-    let mut guest = guest(lab)?;
-    let listener = guest.listener(PORT)?;
-    // One that nobody carries over.
-    let _left = guest.connect_from_host(PORT)?;
-    let left = guest.accept(listener)?;
-    // Enough to last for all migrations; some kernels are slow.
-    let len = if lab.env.has_option("CONFIG_KASAN") {
-        8 << 20
-    } else {
-        96 << 20
-    };
-    carry_streams(lab, &mut guest, (3, 50, len), |guest, cid, host_cid| {
-        let _stream = guest.connect_from_host(PORT).context("a new connection")?;
-        let fd = guest.accept(listener)?;
-        let (own, peer) = (guest.own_address(fd)?, guest.peer_address(fd)?);
-        expect_eq("the guest's CID", own.0, cid)?;
-        expect_eq("the host's CID", u64::from(peer.0), host_cid)?;
-        guest.close(fd)?;
-        Ok(())
-    })?;
-    expect_errno("recv() on what was left", guest.recv(left, 1), "ECONNRESET")?;
-    // All others went on, each time.
-    expect_eq(
-        "connections that went on",
-        guest.counter("kept_connections")?,
-        3 * 50,
-    )?;
-    expect_eq(
-        "connections that were reset",
-        guest.counter("reset_connections")? >= 1,
-        true,
-    )
+/// Connections of some kinds through migrations; `after_each` is called with the guest after each of them. Returns what
+/// came in all.
+pub fn carry_traffic(
+    lab: &Lab,
+    guest: &mut MovingGuest,
+    (kinds, migrations): (&[Kind], u32),
+    mut after_each: impl FnMut(&Guest) -> Result<()>,
+) -> Result<Amount> {
+    let mut traffic = Traffic::begin(guest, kinds)?;
+    for _ in 0..migrations {
+        std::thread::sleep(Duration::from_millis(LONGEST_PAUSE));
+        let destination = lab.destination(guest.cid + 1, HOST_CID)?;
+        guest.stop()?;
+        traffic.move_to(guest, &destination.uds, &mut fastrand::Rng::new())?;
+        guest.go_on(destination)?;
+        traffic.work();
+        after_each(guest)?;
+    }
+    traffic.end(guest)
 }
 
 /// States that no device has written: refused with the reason, and nothing else happens.
 pub fn bad_states(lab: &Lab) -> Result<()> {
-    let mut guest = guest(lab)?;
+    let mut guest = lab.moving_guest()?;
     let listener = guest.listener(PORT)?;
     let (stream, host_port) = guest.connect_from_host_port(PORT)?;
     let fd = guest.accept(listener)?;
-    let (destination, uds) = lab.destination(&guest, GUEST_CID + 1, HOST_CID)?;
-    guest.device.stop(LIMIT)?;
+    let destination = lab.destination(GUEST_CID + 1, HOST_CID)?;
+    let uds = destination.uds.clone();
+    guest.stop()?;
     let state = guest.checkpoint(host_port, PORT)?;
     drop(stream);
     let good = ConnectionBlob::parse(&state)?;
@@ -254,13 +264,13 @@ pub fn bad_states(lab: &Lab) -> Result<()> {
         .position(|at| at == b"\x67version")
         .context("the state has no version")?;
     let mut newer = state.clone();
-    newer[version + 8] = 2;
+    newer[version + 8] = 3;
     let bad = [
         ("no connection's state", Vec::new()),
         ("no connection's state", b"nonsense".to_vec()),
         ("no connection's state", cut),
         ("too many", long),
-        ("version 2", newer),
+        ("version 3", newer),
         (
             "not those of a connection",
             changed(&|blob| blob.guest_cid = 0),
@@ -273,7 +283,12 @@ pub fn bad_states(lab: &Lab) -> Result<()> {
         ("two directions", changed(&|blob| blob.guest_shutdown = 4)),
         (
             "more than the buffer",
-            changed(&|blob| blob.received = vec![0; 300_000]),
+            changed(&|blob| {
+                blob.received = vec![Part {
+                    payload: vec![0; 300_000],
+                    flags: 0,
+                }];
+            }),
         ),
         (
             "no such connections",
@@ -292,7 +307,7 @@ pub fn bad_states(lab: &Lab) -> Result<()> {
         .err()
         .context("the same state, twice: taken")?;
     ensure!(format!("{twice:#}").contains("here already"), "{twice:#}");
-    guest.move_to(destination, GUEST_CID + 1, uds);
+    guest.go_on(destination)?;
     stream.write_all(b"as if nothing had happened")?;
     expect_eq(
         "recv()",
@@ -325,7 +340,7 @@ fn expect_told(guest: &Guest, uevents: i32, expected: &[(&str, &str)]) -> Result
 
 /// Programs learn of resets and migrations: what it was, which CIDs, how many connections, and that it was another one.
 pub fn told_to_programs(lab: &Lab) -> Result<()> {
-    let mut guest = guest(lab)?;
+    let mut guest = lab.moving_guest()?;
     let uevents = guest.uevent_socket()?;
     let none = guest.sh("cat /sys/bus/virtio/devices/*/migration/cause")?;
     expect_eq("the cause before any", none.trim(), "none")?;
@@ -349,7 +364,8 @@ pub fn told_to_programs(lab: &Lab) -> Result<()> {
         ],
     )?;
     guest.close(listener)?;
-    carry_streams(lab, &mut guest, (2, 1, 1 << 20), |guest, _, _| {
+    let kinds: &[_] = &[Kind::BothWays, Kind::Messages];
+    carry_traffic(lab, &mut guest, (kinds, 1), |guest| {
         expect_told(
             guest,
             uevents,
@@ -362,5 +378,6 @@ pub fn told_to_programs(lab: &Lab) -> Result<()> {
                 ("CONNECTIONS_KEPT", "2"),
             ],
         )
-    })
+    })?;
+    Ok(())
 }
