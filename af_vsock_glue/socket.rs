@@ -561,6 +561,12 @@ impl<'a> LockedSocket<'a> {
         }
     }
 
+    /// Whether another socket has a connection between the same ports and CIDs.
+    pub(crate) fn has_successor(&self) -> bool {
+        Socket::find_connected(self.remote(), self.local())
+            .is_some_and(|found| !ptr::eq(found.as_raw(), self.as_raw()))
+    }
+
     /// Whether a packet from `source` is for this socket: it is `T`'s, and `source` its peer.
     pub(crate) fn accepts_source<T: Transport>(&self, source: Address) -> bool {
         let vsk = self.as_raw();

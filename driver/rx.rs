@@ -305,7 +305,10 @@ impl VsockDriver {
             Step::PeerShutdown(directions) => {
                 self.peer_shut_down(socket, connection, Directions::from_bits(directions));
             }
-            Step::PeerClosed => self.finish_connection(socket, &connection),
+            Step::PeerClosed => {
+                self.cancel_waiting(&connection);
+                self.finish_connection(socket, &connection);
+            }
             Step::PeerForgot => {
                 self.send_final_reset(socket, connection, Message::reply(Op::Rst));
                 self.reset_connection(socket, &connection);
@@ -366,7 +369,6 @@ impl VsockDriver {
         self.send_final_reset(socket, connection, Message::reply(Op::Rst));
         self.finish_connection(socket, &connection);
         socket.fail(ENOBUFS.into());
-        socket.remove_from_tables();
     }
 
     /// Notes what the peer has shut down by now.
@@ -383,16 +385,19 @@ impl VsockDriver {
                 // Nothing is to be read any more: this answers the peer's close.
                 self.send_final_reset(socket, connection, Message::reply(Op::Rst));
                 self.finish_connection(socket, &connection);
+            } else {
+                self.cancel_waiting(&connection);
+                // The peer may use its port anew, though ours has not closed the socket.
+                socket.remove_from_tables();
             }
-            // The peer may use its port anew, though ours has not closed the socket.
-            socket.remove_from_tables();
         }
         if changed {
             socket.state_change();
         }
     }
 
-    /// Ends a connection that the peer has closed. What was received can still be read.
+    /// Ends a connection that the peer has closed. What was received can still be read, and the peer may use its port
+    /// anew: what waits to be sent, but for a last RST, is the caller's to cancel before.
     pub(super) fn finish_connection(&self, socket: &LockedSocket<'_>, connection: &Connection) {
         socket.set_done();
         socket.set_peer_shutdown(Directions::BOTH);
@@ -400,8 +405,9 @@ impl VsockDriver {
             socket.set_state(SocketState::Closing);
         }
         socket.state_change();
+        socket.remove_from_tables();
         if socket.cancel_close() {
-            self.forget(socket, connection);
+            connection.purge();
         }
     }
 

@@ -20,7 +20,7 @@ use crate::{
         message::{MessageSource, ZeroCopy},
         monitor::{self, Direction},
         skb::{Payload, SkBuff, SkBuffQueue},
-        socket::LockedSocket,
+        socket::{Directions, LockedSocket},
         virtio::{PushError, RawQueue, ToDevice, Virtqueue},
         workqueue::cond_resched,
     },
@@ -351,6 +351,9 @@ impl Message {
 
 impl VsockDriver {
     /// The header of a packet of `socket`, with its credit. ENODEV where there is no device.
+    ///
+    /// Also where the connection is over for the peer, who might take the packet for one of a new connection between
+    /// the same ports.
     fn header(
         &self,
         socket: &LockedSocket<'_>,
@@ -364,6 +367,9 @@ impl VsockDriver {
         let guest_cid = connection.guest_cid().unwrap_or(present).get();
         // No device carries a guest's packets to itself; that is what the loopback transport is for.
         if remote.cid == guest_cid {
+            return Err(ENODEV);
+        }
+        if socket.peer_shutdown() == Directions::BOTH && socket.has_successor() {
             return Err(ENODEV);
         }
         let credit = connection.advertisement();

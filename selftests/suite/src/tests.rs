@@ -75,8 +75,8 @@ pub fn all(env: &Env) -> Vec<&'static Test> {
 
 tests! {
     stream: between_guests, over_the_bridge, connect_refused, connect_timeout, nonblocking_connect, backlog_full,
-        bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data, close_timeout,
-        linger, epipe, many_connections;
+        bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data,
+        ports_used_anew, close_timeout, linger, epipe, many_connections;
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,
         updates_are_few, low_water_mark, ioctls, epoll_edges, buffer_size_limits;
     reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, repeated,

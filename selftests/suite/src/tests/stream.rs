@@ -339,6 +339,49 @@ pub fn close_with_unread_data(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// A peer that has ended a connection makes one between the same ports, before the guest has closed the old one. Nothing
+/// of that is sent any more, for the peer would take it for the new one's.
+pub fn ports_used_anew(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    for ends_by_rst in [true, false] {
+        let peer = Peer::connect(&guest)?;
+        let old = guest.accept(listener)?;
+        peer.send_payload(b"of the old one");
+        // More packets than the device has room for, so that some wait in the guest.
+        guest.device.hold_tx(true);
+        guest.start_send_small(old, 500).wait::<u64>(LIMIT)?;
+        if ends_by_rst {
+            peer.send(Op::RST);
+        } else {
+            peer.send_shutdown(SHUTDOWN_RCV | SHUTDOWN_SEND);
+        }
+        peer.send(Op::REQUEST);
+        let new = guest.accept(listener)?;
+        peer.send_payload(b"of the new one");
+        expect_eq(
+            "recv() on the old connection",
+            guest.recv(old, 99)?,
+            "of the old one".to_owned(),
+        )?;
+        guest.device.hold_tx(false);
+        peer.find(Op::RESPONSE)?;
+        peer.expect_silence()?;
+        guest.shutdown(old, libc::SHUT_WR)?;
+        guest.close(old)?;
+        peer.expect_silence()?;
+        expect_eq(
+            "recv() on the new connection",
+            guest.recv(new, 99)?,
+            "of the new one".to_owned(),
+        )?;
+        guest.close(new)?;
+        peer.expect(Op::SHUTDOWN)?;
+        peer.send(Op::RST);
+    }
+    Ok(())
+}
+
 /// A peer that does not answer the guest's close gets RST when its time is up.
 pub fn close_timeout(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
