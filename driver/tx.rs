@@ -369,7 +369,9 @@ impl VsockDriver {
         if remote.cid == guest_cid {
             return Err(ENODEV);
         }
-        if socket.peer_shutdown() == Directions::BOTH && socket.has_successor() {
+        let is_over = connection.reset_state() != ResetState::No
+            || (socket.peer_shutdown() == Directions::BOTH && socket.has_successor());
+        if is_over {
             return Err(ENODEV);
         }
         let credit = connection.advertisement();

@@ -81,7 +81,7 @@ tests! {
         updates_are_few, low_water_mark, ioctls, epoll_edges, buffer_size_limits;
     reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, repeated,
         every_blocked_reader, reader_with_a_part, every_blocked_writer, so_error, half_closed, accept_queue,
-        request_before_event, zerocopy_completions, lingering_close, sockets_in_a_sockmap;
+        request_before_event, silence_afterwards, zerocopy_completions, lingering_close, sockets_in_a_sockmap;
     checkpoint: connections_go_on, unlisted_are_reset, packets_that_wait, packets_before_and_after,
         behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates;
     migration: traffic_goes_on, bad_states, told_to_programs;

@@ -423,6 +423,33 @@ pub fn accept_queue(lab: &Lab) -> Result<()> {
     expect_eq("what it reads", guest.recv(fd, 100)?, "of after".to_owned())
 }
 
+/// Nothing is sent of a connection that was reset: the peer could take it for one of a new connection with the same
+/// addresses.
+pub fn silence_afterwards(lab: &Lab) -> Result<()> {
+    // Less than what the peer is told of at once.
+    const LEN: usize = 100_000;
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    let fd = guest.accept(listener)?;
+    for _ in 0..LEN / 1000 {
+        peer.send_payload(&[b'x'; 1000]);
+    }
+    wait_for("the data", || Ok(guest.siocinq(fd)? == LEN as i32))?;
+    expect_eq("bytes read", guest.recv_len(fd, LEN)?, LEN)?;
+    guest.device.transport_reset(u64::from(GUEST_CID));
+    wait_for("the reset", || {
+        Ok(guest.poll(fd, libc::POLLIN, Duration::ZERO)? & libc::POLLERR != 0)
+    })?;
+    // No peer could send so much that does not know of what was read.
+    let low_water = 250_000_i32.to_ne_bytes();
+    guest.set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &low_water)?;
+    peer.expect_silence()?;
+    expect_reset(&guest, fd)?;
+    guest.close(fd)?;
+    peer.expect_silence()
+}
+
 /// A request of the new host for the very addresses of an old connection, that is there before the driver knows of the
 /// event: it meets the listener, and not the connection of before (firecracker issue 5688).
 pub fn request_before_event(lab: &Lab) -> Result<()> {
