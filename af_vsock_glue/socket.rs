@@ -102,6 +102,11 @@ impl Directions {
         Self(bits & bindings::SHUTDOWN_MASK)
     }
 
+    /// Whether all of `other` are in the set.
+    pub(crate) fn contains(self, other: Self) -> bool {
+        self.with(other) == self
+    }
+
     /// The set with those of `other`.
     pub(crate) fn with(self, other: Self) -> Self {
         Self(self.0 | other.0)

@@ -350,7 +350,9 @@ impl VsockDriver {
         connection: ArcBorrow<'_, Connection>,
         low_water: u32,
     ) {
-        if socket.state() == SocketState::Established && connection.wants_credit_update(low_water) {
+        let peer_sends = socket.state() == SocketState::Established
+            && !socket.peer_shutdown().contains(Directions::SEND);
+        if peer_sends && connection.wants_credit_update(low_water) {
             self.send_credit_update(socket, connection, false);
         }
     }

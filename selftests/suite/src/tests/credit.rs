@@ -2,9 +2,12 @@
 
 //! Credit, seen from both ends: the test plays the peer.
 
+use std::time::Duration;
+
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
-use vsock_device::Op;
+use vsock_device::packet::SHUTDOWN_SEND;
+use vsock_device::{Op, Packet};
 
 use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT, STREAM,
@@ -151,6 +154,31 @@ pub fn updates_are_few(lab: &Lab) -> Result<()> {
         (1..=8).contains(&updates),
         "{updates} credit updates for {PARTS} packets"
     );
+    Ok(())
+}
+
+/// A peer that sends no more is not told of room.
+pub fn no_updates_at_the_end(lab: &Lab) -> Result<()> {
+    // Three quarters of the buffer and more.
+    const LEN: usize = 200_000;
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    for end in [Op::RST, Op::SHUTDOWN] {
+        let peer = Peer::connect(&guest)?;
+        let fd = guest.accept(listener)?;
+        for _ in 0..LEN / 1000 {
+            peer.send_payload(&[b'x'; 1000]);
+        }
+        guest.device.inject(Packet {
+            flags: SHUTDOWN_SEND,
+            ..peer.packet(end)
+        });
+        wait_for("the end", || {
+            Ok(guest.poll(fd, libc::POLLRDHUP, Duration::ZERO)? & libc::POLLRDHUP != 0)
+        })?;
+        expect_eq("bytes read", guest.recv_len(fd, LEN)?, LEN)?;
+        peer.expect_silence()?;
+    }
     Ok(())
 }
 
