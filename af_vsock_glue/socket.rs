@@ -678,8 +678,8 @@ impl<'a> LockedSocket<'a> {
         unsafe { bindings::vsock_data_ready(self.as_sock()) }
     }
 
-    /// Wakes those who wait to accept a connection.
-    pub(crate) fn wake_acceptors(&self) {
+    /// Wakes those who wait for a message, or to accept a connection.
+    pub(crate) fn data_ready(&self) {
         // SAFETY: By the type invariant.
         unsafe { bindings::vsock_glue_data_ready(self.as_sock()) }
     }

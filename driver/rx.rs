@@ -345,7 +345,7 @@ impl VsockDriver {
             child.insert_connected();
             listener.enqueue_accept(&child);
         }
-        listener.wake_acceptors();
+        listener.data_ready();
         Ok(())
     }
 
@@ -361,7 +361,12 @@ impl VsockDriver {
             .enqueue(socket, payload, header.message_end())
             .is_ok()
         {
-            socket.wake_readers();
+            if header.message_end().is_some() {
+                // Whatever its length, and SO_RCVLOWAT.
+                socket.data_ready();
+            } else {
+                socket.wake_readers();
+            }
             return;
         }
         // Its data would be lost, so the connection ends instead.

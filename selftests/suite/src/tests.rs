@@ -78,8 +78,8 @@ tests! {
         bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data,
         ports_used_anew, close_timeout, linger, epipe, many_connections;
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,
-        updates_are_few, no_updates_at_the_end, low_water_mark, ioctls, epoll_edges,
-        buffer_size_limits;
+        updates_are_few, no_updates_at_the_end, low_water_mark, message_below_the_mark, ioctls,
+        epoll_edges, buffer_size_limits;
     reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, repeated,
         every_blocked_reader, reader_with_a_part, every_blocked_writer, so_error, half_closed, accept_queue,
         request_before_event, silence_afterwards, zerocopy_completions, lingering_close, sockets_in_a_sockmap;

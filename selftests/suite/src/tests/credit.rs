@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
-use vsock_device::packet::SHUTDOWN_SEND;
+use vsock_device::packet::{SEQ_EOM, SHUTDOWN_SEND};
 use vsock_device::{Op, Packet};
 
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT, STREAM,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT, SEQPACKET, STREAM,
 };
 
 /// `SO_VM_SOCKETS_BUFFER_SIZE` and its limits, level `AF_VSOCK`.
@@ -224,6 +224,28 @@ pub fn low_water_mark(lab: &Lab) -> Result<()> {
         "the update says fwd_cnt {}",
         update.fwd_cnt
     );
+    Ok(())
+}
+
+/// SO_RCVLOWAT does not keep readers of a seqpacket socket from a short message.
+pub fn message_below_the_mark(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let fd = guest.socket(SEQPACKET)?;
+    let mark = 1_000_i32.to_ne_bytes();
+    guest.set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &mark)?;
+    let peer = Peer::accept(&guest, fd)?;
+    let reading = guest.start("recv", json!({"fd": fd, "len": 99}));
+    reading.expect_blocked(A_WHILE)?;
+    guest.device.inject(Packet {
+        flags: SEQ_EOM,
+        payload: b"short".to_vec(),
+        ..peer.packet(Op::RW)
+    });
+    expect_eq(
+        "the blocked recv()",
+        reading.wait::<String>(LIMIT)?,
+        "short".to_owned(),
+    )?;
     Ok(())
 }
 
