@@ -5,11 +5,12 @@
 KDIR ?= /lib/modules/$(shell uname -r)/build
 VSOCK_CACHE ?= $(CURDIR)/build
 export VSOCK_CACHE
+MIGRATIONS ?= 1000
 # For messages that say what to type.
 export MAKE_TARGET = $@
 
 .NOTPARALLEL:
-.PHONY: module kernel-tree demo test test-all bench fuzz check install update clean distclean help
+.PHONY: module kernel-tree demo test test-all migrations bench fuzz check install update clean distclean help
 
 module:
 	@scripts/build-module "$(KDIR)"
@@ -25,6 +26,9 @@ test:
 
 test-all:
 	@scripts/test-all $(TESTS)
+
+migrations:
+	@scripts/harness run --migrations $(MIGRATIONS) migration::traffic_goes_on
 
 bench:
 	@scripts/harness bench
@@ -54,6 +58,7 @@ help:
 	@echo 'make demo         set everything up, boot a guest with the module, show it at work'
 	@echo 'make test         all tests; TESTS="name ..." for those whose names contain one of them'
 	@echo 'make test-all     make test on each kernel of the list KERNELS, and a summary'
+	@echo 'make migrations   the test of migrations at full length, MIGRATIONS=$(MIGRATIONS)'
 	@echo 'make bench        this driver and the C driver side by side'
 	@echo 'make fuzz         the fuzz targets of the protocol, SECONDS=60 for each'
 	@echo 'make check        formats, lints, links'

@@ -13,7 +13,7 @@
 //! - A guest's connection to port P of the host becomes one to `<path>_<P>`, and is refused where nobody listens there.
 //!
 //! The Unix sockets are of the type that the connection has. Those of type SOCK_SEQPACKET connect to `<path>.seqpacket`;
-//! a request is a message then, and each message after it is one of the connection's.
+//! a request is a message then, and each message after it is one of the connection's, of 64 KiB at most.
 //!
 //! Each connection has a thread for either direction, so that a slow one holds up nobody else.
 
@@ -374,6 +374,16 @@ impl Bridge {
         let held = |connection: &Arc<Connection>| lock(&connection.state).held;
         let restored = connections.open.iter().filter(|(_, open)| held(open));
         restored
+            .map(|(key, connection)| (*key, connection.socket_type))
+            .collect()
+    }
+
+    /// The connections that the guest knows.
+    pub(crate) fn known(&self) -> Vec<(Key, u16)> {
+        let connections = lock(&self.connections);
+        let known = connections.open.iter();
+        known
+            .filter(|(_, connection)| lock(&connection.state).established)
             .map(|(key, connection)| (*key, connection.socket_type))
             .collect()
     }

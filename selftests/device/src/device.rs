@@ -2,7 +2,7 @@
 
 //! The handle of a device: what tests do with it.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::sync::mpsc::{channel, Receiver, Sender};
@@ -109,6 +109,9 @@ pub(crate) enum ForGuest {
     Update(Vec<Vec<u8>>),
 }
 
+/// A connection to another guest: its CID and port, and the port of this one.
+type BetweenGuests = (u64, u32, u32);
+
 /// What device and test share.
 #[derive(Default)]
 pub(crate) struct State {
@@ -135,11 +138,31 @@ pub(crate) struct State {
     pub(crate) inherited: Option<DeviceState>,
     /// Addresses of before the last migrations, by which packets of the guest may still come.
     pub(crate) before: Vec<Addresses>,
-    /// Which migration brought the guest here.
+    /// The last update that the guest was sent.
     pub(crate) generation: u32,
+    /// Packets of other guests on connections of which the guest was told and has not answered.
+    pub(crate) held: HashMap<BetweenGuests, Vec<Packet>>,
     /// Buffers that the driver has posted and the device not used: receive queue, event queue.
     pub(crate) posted: (u16, u16),
     pub(crate) started: bool,
+}
+
+impl State {
+    /// Holds packets of other guests back until the guest has answered tuples.
+    fn hold(&mut self, tuples: &[Tuple]) {
+        self.held.extend(tuples.iter().map(|tuple| {
+            let connection = (tuple.host_new_cid, tuple.host_port, tuple.guest_port);
+            (connection, Vec::new())
+        }));
+    }
+
+    fn push_packet(&mut self, packet: Packet) {
+        let connection = (packet.src_cid, packet.src_port, packet.dst_port);
+        match self.held.get_mut(&connection) {
+            Some(held) => held.push(packet),
+            None => self.for_guest.push_back(ForGuest::Packet(packet)),
+        }
+    }
 }
 
 /// The part of a device that other threads may use.
@@ -219,7 +242,9 @@ impl Shared {
                     ForGuest::Update(parts) => saved
                         .updates
                         .push(parts.into_iter().map(ByteBuf::from).collect()),
-                    ForGuest::Packet(packet) if packet.op == Op::RST => {
+                    ForGuest::Packet(packet)
+                        if packet.op == Op::RST || packet.src_cid != self.host_cid =>
+                    {
                         saved.for_guest.push(ByteBuf::from(packet.to_bytes()));
                     }
                     ForGuest::Packet(packet) if packet.op == Op::RESPONSE => responses.push(packet),
@@ -227,6 +252,11 @@ impl Shared {
                     other => state.for_guest.push_back(other),
                 }
             }
+            let held = std::mem::take(&mut state.held);
+            let held = held.into_values().flatten();
+            saved
+                .for_guest
+                .extend(held.map(|packet| ByteBuf::from(packet.to_bytes())));
             self.changed.notify_all();
         }
         // To the guest, these connections are not there yet: it gets its answer where it goes on.
@@ -266,29 +296,26 @@ impl Shared {
             }
             return;
         };
+        let (between_guests, parked) = self.switch.guest_moved(before.guest_cid, self);
         let generation = inherited.generation.wrapping_add(1);
-        let update = Update {
+        let mut update = Update {
             generation,
             old_guest_cid: before.guest_cid,
             new_guest_cid: now,
-            tuples: restored
-                .into_iter()
-                .map(|((guest_port, host_port), socket_type)| Tuple {
-                    host_old_cid: before.host_cid,
-                    host_new_cid: self.host_cid,
-                    host_port,
-                    guest_port,
-                    socket_type,
-                })
-                .collect(),
+            tuples: self.tuples_of_host(restored, before.host_cid),
         };
+        update.tuples.extend(&between_guests);
         let to_guest = |bytes: &ByteBuf| {
             Some(Packet {
                 dst_cid: now,
                 ..Packet::from_bytes(bytes)?
             })
         };
-        let packets: Vec<_> = inherited.for_guest.iter().filter_map(to_guest).collect();
+        let mut packets: Vec<_> = inherited.for_guest.iter().filter_map(to_guest).collect();
+        packets.extend(parked.into_iter().map(|packet| Packet {
+            dst_cid: now,
+            ..packet
+        }));
         let mut updates: Vec<Vec<_>> = inherited
             .updates
             .into_iter()
@@ -306,14 +333,94 @@ impl Shared {
                 .collect();
             state.update_parts = state.events.len();
             let updates = updates.into_iter().map(ForGuest::Update);
-            let packets = packets.into_iter().map(ForGuest::Packet);
             let since = std::mem::take(&mut state.for_guest);
-            state.for_guest = updates.chain(packets).chain(since).collect();
+            state.for_guest = updates.collect();
+            state.hold(&between_guests);
+            for packet in packets {
+                state.push_packet(packet);
+            }
+            for item in since {
+                match item {
+                    ForGuest::Packet(packet) => state.push_packet(packet),
+                    other => state.for_guest.push_back(other),
+                }
+            }
         }
         for request in &inherited.requests {
             if let Some(request) = Packet::from_bytes(request) {
                 self.switch.route(self, request);
             }
+        }
+    }
+
+    /// Tuples of connections of the host's programs.
+    fn tuples_of_host(&self, connections: Vec<(Key, u16)>, host_old_cid: u64) -> Vec<Tuple> {
+        connections
+            .into_iter()
+            .map(|((guest_port, host_port), socket_type)| Tuple {
+                host_old_cid,
+                host_new_cid: self.host_cid,
+                host_port,
+                guest_port,
+                socket_type,
+            })
+            .collect()
+    }
+
+    /// Another guest has moved that this one has connections to: `tuples` are those to guests. All others go on as they
+    /// are.
+    pub(crate) fn peer_moved(&self, old_cid: u64, new_cid: u64, tuples: Vec<Tuple>) {
+        let of_host = self.bridge().map_or_else(Vec::new, |bridge| bridge.known());
+        let mut state = lock(&self.state);
+        state.generation = state.generation.wrapping_add(1);
+        let mut update = Update {
+            generation: state.generation,
+            old_guest_cid: state.guest_cid,
+            new_guest_cid: state.guest_cid,
+            tuples: self.tuples_of_host(of_host, self.host_cid),
+        };
+        update.tuples.extend(&tuples);
+        state
+            .for_guest
+            .push_back(ForGuest::Update(update.to_events()));
+        // What was held since an update before this one is from the peer's earlier CID.
+        let held = std::mem::take(&mut state.held);
+        state.hold(&tuples);
+        for mut packet in held.into_values().flatten() {
+            if packet.src_cid == old_cid {
+                packet.src_cid = new_cid;
+            }
+            state.push_packet(packet);
+        }
+        drop(state);
+        self.wake();
+    }
+
+    /// Sends the guest a packet of another guest; gives it back where the guest is about to move.
+    pub(crate) fn send_between_guests(&self, packet: Packet) -> std::result::Result<(), Packet> {
+        let mut state = lock(&self.state);
+        if state.stopped {
+            return Err(packet);
+        }
+        state.push_packet(packet);
+        drop(state);
+        self.wake();
+        Ok(())
+    }
+
+    /// The guest has sent a packet, by which it may have answered that a connection to another guest goes on.
+    pub(crate) fn release_held(&self, packet: &Packet) {
+        let mut state = lock(&self.state);
+        if packet.src_cid != state.guest_cid {
+            return;
+        }
+        let connection = (packet.dst_cid, packet.dst_port, packet.src_port);
+        if let Some(held) = state.held.remove(&connection) {
+            state
+                .for_guest
+                .extend(held.into_iter().map(ForGuest::Packet));
+            drop(state);
+            self.wake();
         }
     }
 

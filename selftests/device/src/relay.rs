@@ -37,7 +37,7 @@ const QUEUES: usize = 3;
 /// Stands between QEMU and the devices of one guest.
 pub struct Relay {
     guest: Arc<Mutex<Guest>>,
-    serving: Option<JoinHandle<()>>,
+    serving: JoinHandle<()>,
     socket: PathBuf,
 }
 
@@ -68,7 +68,7 @@ impl Relay {
             .context("starting the relay's thread")?;
         Ok(Self {
             guest,
-            serving: Some(serving),
+            serving,
             socket: socket.to_owned(),
         })
     }
@@ -86,12 +86,9 @@ impl Relay {
 
 impl Drop for Relay {
     fn drop(&mut self) {
-        // If QEMU never connected, this ends the wait for it.
-        let _ = UnixStream::connect(&self.socket);
-        if let Some(serving) = self.serving.take() {
-            if serving.is_finished() {
-                let _ = serving.join();
-            }
+        if !self.serving.is_finished() {
+            // Where QEMU never connected, this ends the wait for it.
+            let _ = UnixStream::connect(&self.socket);
         }
     }
 }

@@ -1,17 +1,104 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Which packet goes where.
+//!
+//! Connections between guests have no end at a host that could carry them over when one of the guests moves. The switch
+//! knows them: the guest that has moved is told of its connections, and so is each guest at their other ends, whose own
+//! CID stays as it is.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, Weak};
 
 use crate::device::{lock, Addresses, Shared};
 use crate::packet::{Op, Packet};
+use crate::update::Tuple;
 
-/// The devices that reach each other, by their guests' CIDs.
+/// The devices that reach each other.
 #[derive(Default)]
 pub struct Switch {
-    devices: Mutex<HashMap<u64, Weak<Shared>>>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// By their guests' CIDs.
+    devices: HashMap<u64, Weak<Shared>>,
+    /// Connections between guests, each with both ends.
+    links: Vec<Link>,
+    /// Which CID guests that have moved have instead of an earlier one.
+    moved: HashMap<u64, u64>,
+    /// Packets to guests that are about to move.
+    parked: Vec<Packet>,
+}
+
+/// One end of a connection: CID and port.
+type End = (u64, u32);
+
+/// A connection between guests.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Link {
+    ends: [End; 2],
+    socket_type: u16,
+}
+
+impl Link {
+    fn of(packet: &Packet) -> Self {
+        let mut ends = [
+            (packet.src_cid, packet.src_port),
+            (packet.dst_cid, packet.dst_port),
+        ];
+        ends.sort_unstable();
+        Self {
+            ends,
+            socket_type: packet.socket_type,
+        }
+    }
+
+    /// The ends as a guest sees them, its own first, where it has one.
+    fn seen_by(&self, cid: u64) -> Option<(End, End)> {
+        match self.ends {
+            [own, other] if own.0 == cid => Some((own, other)),
+            [other, own] if own.0 == cid => Some((own, other)),
+            _ => None,
+        }
+    }
+}
+
+impl State {
+    fn device(&self, cid: u64) -> Option<Arc<Shared>> {
+        self.devices.get(&cid).and_then(Weak::upgrade)
+    }
+
+    /// The CID that a guest has now which had `cid`.
+    fn present_cid(&self, mut cid: u64) -> u64 {
+        while let Some(next) = self.moved.get(&cid) {
+            cid = *next;
+        }
+        cid
+    }
+
+    /// Gives a packet to the device of its guest, or keeps it for the one that the guest moves to.
+    fn deliver(&mut self, to: &Shared, packet: Packet) {
+        if let Err(packet) = to.send_between_guests(packet) {
+            self.parked.push(packet);
+        }
+    }
+
+    /// Tuples of the connections of the guest with `cid`, by its present CID and by those that the others have, except
+    /// that a guest that has `new_cid` had `old_cid`.
+    fn tuples(&self, cid: u64, (old_cid, new_cid): (u64, u64)) -> Vec<Tuple> {
+        self.links
+            .iter()
+            .filter_map(|link| Some((link, link.seen_by(cid)?)))
+            .map(|(link, (own, other))| Tuple {
+                host_old_cid: if other.0 == new_cid { old_cid } else { other.0 },
+                host_new_cid: other.0,
+                host_port: other.1,
+                guest_port: own.1,
+                socket_type: link.socket_type,
+            })
+            .collect()
+    }
 }
 
 impl Switch {
@@ -22,13 +109,17 @@ impl Switch {
 
     /// Makes a device reachable at a CID, and at its old one no more.
     pub(crate) fn connect(&self, cid: u64, device: &Arc<Shared>) {
-        let mut devices = lock(&self.devices);
-        devices.retain(|_, other| !Weak::ptr_eq(other, &Arc::downgrade(device)));
-        devices.insert(cid, Arc::downgrade(device));
+        let mut state = lock(&self.state);
+        state
+            .devices
+            .retain(|_, other| !Weak::ptr_eq(other, &Arc::downgrade(device)));
+        state.moved.remove(&cid);
+        state.devices.insert(cid, Arc::downgrade(device));
     }
 
     fn all(&self) -> Vec<Arc<Shared>> {
-        lock(&self.devices)
+        lock(&self.state)
+            .devices
             .values()
             .filter_map(Weak::upgrade)
             .collect()
@@ -50,6 +141,41 @@ impl Switch {
         }
     }
 
+    /// A guest has moved to `device`, and has another CID perhaps. Its peers among the guests are told of it. Returns the
+    /// tuples of its connections to them, and the packets that wait for it.
+    pub(crate) fn guest_moved(&self, old_cid: u64, device: &Shared) -> (Vec<Tuple>, Vec<Packet>) {
+        let cid = device.guest_cid();
+        let mut state = lock(&self.state);
+        if cid != old_cid {
+            state.devices.remove(&old_cid);
+            state.moved.insert(old_cid, cid);
+        }
+        let mut peers = Vec::new();
+        for link in &mut state.links {
+            if let Some((_, other)) = link.seen_by(old_cid) {
+                peers.push(other.0);
+                for end in &mut link.ends {
+                    if end.0 == old_cid {
+                        end.0 = cid;
+                    }
+                }
+                link.ends.sort_unstable();
+            }
+        }
+        peers.sort_unstable();
+        peers.dedup();
+        for peer in peers.into_iter().filter_map(|cid| state.device(cid)) {
+            let tuples = state.tuples(peer.guest_cid(), (old_cid, cid));
+            peer.peer_moved(old_cid, cid, tuples);
+        }
+        let tuples = state.tuples(cid, (cid, cid));
+        let (parked, others) = std::mem::take(&mut state.parked)
+            .into_iter()
+            .partition(|packet| state.present_cid(packet.dst_cid) == cid);
+        state.parked = others;
+        (tuples, parked)
+    }
+
     /// Sends on a packet that the guest of `from` has sent.
     ///
     /// A packet from a CID that is not the guest's is dropped; one to a CID that nobody has is answered with RST. Packets
@@ -57,37 +183,63 @@ impl Switch {
     /// requests to the guest that it is now.
     pub(crate) fn route(&self, from: &Arc<Shared>, mut packet: Packet) {
         let (now, before) = from.addresses();
-        let is_of_before = |cid| before.iter().any(|it| it.guest_cid == cid);
-        if packet.op == Op::REQUEST && is_of_before(packet.src_cid) {
-            packet.src_cid = now.guest_cid;
-        }
+        let is_of_before = before.iter().any(|it| it.guest_cid == packet.src_cid);
         let addresses = Addresses {
             guest_cid: packet.src_cid,
             host_cid: packet.dst_cid,
         };
-        if addresses == now {
+        if packet.op != Op::REQUEST && addresses != now && before.contains(&addresses) {
+            if let Some(bridge) = from.bridge() {
+                bridge.receive_late(packet);
+            }
+            return;
+        }
+        if packet.op == Op::REQUEST && is_of_before {
+            packet.src_cid = now.guest_cid;
+        }
+        if (packet.src_cid, packet.dst_cid) == (now.guest_cid, now.host_cid) {
             match from.bridge() {
                 Some(bridge) => bridge.receive(packet),
                 None => refuse(from, &packet),
             }
             return;
         }
-        if before.contains(&addresses) && packet.op != Op::REQUEST {
-            if let Some(bridge) = from.bridge() {
-                bridge.receive_late(packet);
+        self.route_between_guests(from, packet, now.guest_cid, is_of_before);
+    }
+
+    fn route_between_guests(
+        &self,
+        from: &Arc<Shared>,
+        mut packet: Packet,
+        guest_cid: u64,
+        is_of_before: bool,
+    ) {
+        let mut state = lock(&self.state);
+        from.release_held(&packet);
+        if packet.op != Op::REQUEST {
+            // With addresses of before the last migration of either guest.
+            let mut present = packet.clone();
+            present.dst_cid = state.present_cid(packet.dst_cid);
+            if is_of_before {
+                present.src_cid = guest_cid;
             }
+            if state.links.contains(&Link::of(&present)) {
+                packet = present;
+            }
+        }
+        if packet.src_cid != guest_cid {
             return;
         }
-        if packet.src_cid != now.guest_cid {
-            return;
+        let Some(to) = state.device(packet.dst_cid) else {
+            return refuse(from, &packet);
+        };
+        let link = Link::of(&packet);
+        match packet.op {
+            Op::RESPONSE if !state.links.contains(&link) => state.links.push(link),
+            Op::RST => state.links.retain(|other| *other != link),
+            _ => {}
         }
-        let to = lock(&self.devices)
-            .get(&packet.dst_cid)
-            .and_then(Weak::upgrade);
-        match to {
-            Some(to) => to.send_to_guest(packet),
-            None => refuse(from, &packet),
-        }
+        state.deliver(&to, packet);
     }
 }
 

@@ -178,6 +178,8 @@ impl<'a> Lab<'a> {
             &hardware,
             &mut |device| {
                 let socket = device.with_extension("relay");
+                // That of a boot that was given up goes first, with its socket.
+                drop(relay.take());
                 relay = Some(Relay::start(&socket, device)?);
                 Ok(socket)
             },
@@ -187,6 +189,29 @@ impl<'a> Lab<'a> {
             guest,
             relay: relay.context("the guest has no relay")?,
             destination: None,
+        })
+    }
+
+    /// Boots a guest that stays where it is while others move.
+    pub fn staying_guest(&self, cid: u32) -> Result<Guest> {
+        let hardware = Hardware {
+            features: FEATURE_CHECKPOINT,
+            ..Hardware::default()
+        };
+        self.boot(cid, &hardware, |initramfs| initramfs.driver(self.driver))
+    }
+
+    /// Makes the device that a guest moves to without leaving the other guests: in this process, as they are.
+    pub fn near_destination(&self, cid: u32) -> Result<Destination> {
+        let number = self.destinations.fetch_add(1, Ordering::Relaxed);
+        let mut config = self.device_config(cid, &format!("destination{number}"));
+        config.features |= FEATURE_CHECKPOINT;
+        let device = Device::start(config.clone(), self.switch.clone())?;
+        Ok(Destination {
+            cid,
+            socket: config.socket,
+            uds: config.uds_path.context("it has a path")?,
+            runs: Runs::Here { _device: device },
         })
     }
 
@@ -217,7 +242,7 @@ impl<'a> Lab<'a> {
             cid,
             socket: config.socket,
             uds,
-            process,
+            runs: Runs::InProcess(process),
         };
         ensure!(said.trim_end() == READY, "vsock-device says {said:?}");
         Ok(destination)
@@ -343,13 +368,21 @@ pub struct Destination {
     socket: PathBuf,
     /// The path of the host's Unix sockets.
     pub uds: PathBuf,
-    process: Child,
+    runs: Runs,
+}
+
+/// Where a device runs.
+enum Runs {
+    Here { _device: Device },
+    InProcess(Child),
 }
 
 impl Drop for Destination {
     fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
+        if let Runs::InProcess(process) = &mut self.runs {
+            let _ = process.kill();
+            let _ = process.wait();
+        }
         let _ = std::fs::remove_file(&self.socket);
         for socket_type in [TYPE_STREAM, TYPE_SEQPACKET] {
             let _ = std::fs::remove_file(bridge::entrance(&self.uds, socket_type));

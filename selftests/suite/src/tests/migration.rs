@@ -10,13 +10,14 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
+use serde_json::json;
 use vsock_device::blob::{ConnectionBlob, Part};
 use vsock_device::HOST_CID;
 
 use crate::agent::Pending;
 use crate::lab::{
-    expect_eq, expect_errno, host_listener, restore, Guest, Lab, MovingGuest, GUEST_CID, LIMIT,
-    PORT, STREAM,
+    expect_eq, expect_errno, host_listener, restore, Guest, Lab, MovingGuest, CID_ANY, GUEST_CID,
+    LIMIT, PORT, SEQPACKET, STREAM,
 };
 use crate::tests::traffic::{Amount, Kind, Traffic};
 
@@ -28,6 +29,12 @@ const HOST_PORT: u32 = 6666;
 
 /// How often a guest moves, where nobody has said it.
 const MIGRATIONS: u32 = 25;
+
+/// How often one of two guests moves, where nobody has said it.
+const MIGRATIONS_OF_ONE: u32 = 10;
+
+/// The CID of the other one.
+const STAYING_CID: u32 = 1_000_000;
 
 /// The longest time between migrations, in milliseconds.
 const LONGEST_PAUSE: u64 = 100;
@@ -214,6 +221,109 @@ impl Migration<'_, '_> {
         expect_eq("the host's CID", u64::from(peer.0), host_cid)?;
         self.guest.close(fd)?;
         Ok(())
+    }
+}
+
+/// One of two guests moves that have connections to each other: both are told, and the one that stays keeps its CID, and
+/// its other connections.
+pub fn one_of_two_guests(lab: &Lab) -> Result<()> {
+    let migrations = lab.env.migrations.unwrap_or(MIGRATIONS_OF_ONE);
+    let seed = lab.env.seed;
+    let mut random = fastrand::Rng::with_seed(seed);
+    let mut moving = lab.moving_guest()?;
+    let staying = lab.staying_guest(STAYING_CID)?;
+    let host_listener = staying.listener(HOST_PORT)?;
+    let mut host_stream = staying.connect_from_host(HOST_PORT)?;
+    let host_fd = staying.accept(host_listener)?;
+    let mut ways = Vec::new();
+    for (kind, send, receive, port) in [
+        (STREAM, "send_pattern", "recv_pattern", PORT),
+        (SEQPACKET, "send_messages", "recv_messages", PORT + 1),
+    ] {
+        let listener = moving.socket(kind)?;
+        moving.bind(listener, CID_ANY, port)?;
+        moving.listen(listener, 1)?;
+        let staying_fd = staying.socket(kind)?;
+        staying.connect(staying_fd, moving.cid, port)?;
+        let moving_fd = moving.accept(listener)?;
+        let to_staying = json!({"fd": moving_fd, "seed": 0});
+        let from_moving = json!({"fd": staying_fd, "seed": 0});
+        let to_moving = json!({"fd": staying_fd, "seed": 1});
+        let from_staying = json!({"fd": moving_fd, "seed": 1});
+        ways.push(Way {
+            fd: moving_fd,
+            is_from_staying: false,
+            sending: moving.start(send, to_staying),
+            receiving: staying.start(receive, from_moving),
+        });
+        ways.push(Way {
+            fd: staying_fd,
+            is_from_staying: true,
+            sending: staying.start(send, to_moving),
+            receiving: moving.start(receive, from_staying),
+        });
+    }
+    let moved = || -> Result<()> {
+        for round in 1..=migrations {
+            if random.bool() {
+                std::thread::sleep(Duration::from_millis(random.u64(..LONGEST_PAUSE)));
+            }
+            // Earlier addresses do not come again, as the extension has it.
+            let cid = if random.bool() {
+                moving.cid
+            } else {
+                GUEST_CID + round
+            };
+            let destination = lab.near_destination(cid)?;
+            moving.stop()?;
+            moving.go_on(destination)?;
+        }
+        for way in ways {
+            let sender = if way.is_from_staying {
+                &staying
+            } else {
+                &*moving
+            };
+            way.end(sender)?;
+        }
+        Ok(())
+    };
+    moved()
+        .with_context(|| format!("the same moments: --migrations {migrations} --seed {seed}"))?;
+    host_stream.write_all(b"still there")?;
+    let still_there = staying.recv(host_fd, 99)?;
+    expect_eq("recv()", still_there, "still there".to_owned())?;
+    for (guest, connections) in [(&*moving, 2), (&staying, 3)] {
+        expect_eq("updates refused", guest.counter("refused_updates")?, 0)?;
+        expect_eq(
+            "connections that went on",
+            guest.counter("kept_connections")?,
+            connections * i64::from(migrations),
+        )?;
+    }
+    let cid = staying.local_cid()?;
+    expect_eq("the CID of the guest that stayed", cid, STAYING_CID)
+}
+
+/// One direction of a connection between guests.
+struct Way {
+    fd: i32,
+    is_from_staying: bool,
+    sending: Pending,
+    receiving: Pending,
+}
+
+impl Way {
+    /// Ends it, and compares what was sent with what came.
+    fn end(self, sender: &Guest) -> Result<()> {
+        sender
+            .start("end_sending", json!({"fd": self.fd}))
+            .wait::<bool>(LIMIT)?;
+        let sent: u64 = self.sending.wait(LIMIT).context("a sender")?;
+        sender.shutdown(self.fd, libc::SHUT_WR)?;
+        let received: u64 = self.receiving.wait(LIMIT).context("a receiver")?;
+        ensure!(sent > 0, "nothing was sent");
+        expect_eq("what has come", received, sent)
     }
 }
 
