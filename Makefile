@@ -5,7 +5,9 @@
 KDIR ?= /lib/modules/$(shell uname -r)/build
 VSOCK_CACHE ?= $(CURDIR)/build
 export VSOCK_CACHE
+# How often guests are moved in the tests of migrations at full length.
 MIGRATIONS ?= 1000
+LIVE_MIGRATIONS ?= 50
 # For messages that say what to type.
 export MAKE_TARGET = $@
 
@@ -29,6 +31,7 @@ test-all:
 
 migrations:
 	@scripts/harness run --migrations $(MIGRATIONS) migration::traffic_goes_on
+	@scripts/harness run --migrations $(LIVE_MIGRATIONS) host_tier::live_migration
 
 bench:
 	@scripts/harness bench
@@ -58,7 +61,8 @@ help:
 	@echo 'make demo         set everything up, boot a guest with the module, show it at work'
 	@echo 'make test         all tests; TESTS="name ..." for those whose names contain one of them'
 	@echo 'make test-all     make test on each kernel of the list KERNELS, and a summary'
-	@echo 'make migrations   the test of migrations at full length, MIGRATIONS=$(MIGRATIONS)'
+	@echo 'make migrations   the tests of migrations at full length: MIGRATIONS=$(MIGRATIONS) between devices with the'
+	@echo '                  checkpoint extension, LIVE_MIGRATIONS=$(LIVE_MIGRATIONS) between two QEMUs with vhost-vsock'
 	@echo 'make bench        this driver and the C driver side by side'
 	@echo 'make fuzz         the fuzz targets of the protocol, SECONDS=60 for each'
 	@echo 'make check        formats, lints, links'

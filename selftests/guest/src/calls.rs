@@ -212,8 +212,26 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
             json!(observe::redirect(from, to)?)
         }
         "send_small" => send_small(&params(given)?)?,
-        "send_pattern" => send_pattern(&params(given)?)?,
-        "recv_pattern" => recv_pattern(&params(given)?)?,
+        "send_pattern" => {
+            let mut sent = 0;
+            send_pattern(&params(given)?, &mut sent)?;
+            json!(sent)
+        }
+        "recv_pattern" => {
+            let mut received = 0;
+            recv_pattern(&params(given)?, &mut received)?;
+            json!(received)
+        }
+        "send_pattern_until_error" => {
+            let mut sent = 0;
+            let result = send_pattern(&params(given)?, &mut sent);
+            how_far(sent, result)
+        }
+        "recv_pattern_until_error" => {
+            let mut received = 0;
+            let result = recv_pattern(&params(given)?, &mut received);
+            how_far(received, result)
+        }
         "send_pattern_zero_copy" => {
             let Pattern { fd, seed, len } = params(given)?;
             json!(zerocopy::send_pattern(fd, seed, len)?)
@@ -288,39 +306,43 @@ fn without_end() -> u64 {
     u64::MAX
 }
 
-/// Sends all of a pattern, or until `end_sending`; says how much that was.
-fn send_pattern(wanted: &Pattern) -> Result<Value> {
+/// Sends all of a pattern, or until `end_sending`; counts the bytes that were sent.
+fn send_pattern(wanted: &Pattern, sent: &mut u64) -> Result<()> {
     let sender = Sender::new(wanted.fd);
     let mut buffer = vec![0; PATTERN_PART];
-    let mut sent = 0;
-    while sent < wanted.len && !sender.is_ended() {
-        let part = PATTERN_PART.min((wanted.len - sent) as usize);
-        pattern::fill(&mut buffer[..part], wanted.seed, sent);
+    while *sent < wanted.len && !sender.is_ended() {
+        let part = PATTERN_PART.min((wanted.len - *sent) as usize);
+        pattern::fill(&mut buffer[..part], wanted.seed, *sent);
         let mut done = 0;
         while done < part {
-            done += sys::send(wanted.fd, &buffer[done..part], 0)?;
+            let len = sys::send(wanted.fd, &buffer[done..part], 0)?;
+            done += len;
+            *sent += len as u64;
         }
-        sent += part as u64;
     }
-    Ok(json!(sent))
+    Ok(())
 }
 
-/// Receives a pattern, up to its length or the end of the stream, and says how much of it came; an error where it differs.
-fn recv_pattern(wanted: &Pattern) -> Result<Value> {
+/// Receives a pattern, up to its length or the end of the stream, and counts how much of it came; an error where it differs.
+fn recv_pattern(wanted: &Pattern, received: &mut u64) -> Result<()> {
     let mut buffer = vec![0; PATTERN_PART];
-    let mut received = 0;
-    while received < wanted.len {
-        let part = PATTERN_PART.min((wanted.len - received) as usize);
+    while *received < wanted.len {
+        let part = PATTERN_PART.min((wanted.len - *received) as usize);
         let len = sys::recv(wanted.fd, &mut buffer[..part], 0)?;
         if len == 0 {
             break;
         }
-        if let Some(at) = pattern::first_difference(&buffer[..len], wanted.seed, received) {
+        if let Some(at) = pattern::first_difference(&buffer[..len], wanted.seed, *received) {
             bail!("the stream differs from what was sent at byte {at}");
         }
-        received += len as u64;
+        *received += len as u64;
     }
-    Ok(json!(received))
+    Ok(())
+}
+
+/// How much of a pattern was sent or received, and the error that ended it.
+fn how_far(bytes: u64, result: Result<()>) -> Value {
+    json!({"bytes": bytes, "error": result.err().map(|error| sys::describe(&error))})
 }
 
 /// Sends messages of a pattern until `end_sending`; says how many that were.

@@ -100,7 +100,7 @@ impl Agent {
     pub const PORT_NAME: &'static str = "agent";
 
     /// Connects to the socket of an agent's port, which QEMU may yet have to make.
-    pub fn connect(socket: &Path, limit: Duration) -> Result<Self> {
+    pub fn attach(socket: &Path, limit: Duration) -> Result<Self> {
         let end = Instant::now() + limit;
         let port = loop {
             match UnixStream::connect(socket) {

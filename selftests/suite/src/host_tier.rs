@@ -5,9 +5,10 @@
 //!
 //! One boot of a host and of a guest on it serves all tests. `vsock_test` runs in both, once with the guest as server
 //! and once as client; each of its tests is one result of ours, in either role. `vsock_diag_test` and `vsock_uring_test`
-//! are one result each. The kernel logs of host and guest, and
-//! the removal of the driver afterwards, are results of their own.
+//! are one result each. Then the guest is migrated live, some times, to another QEMU on the host and back. The kernel
+//! logs of host and guest, and the removal of the driver afterwards, are results of their own.
 
+mod live_migration;
 mod nested;
 mod throughput;
 mod upstream;
@@ -23,6 +24,7 @@ use anyhow::{Context, Result};
 use crate::agent::{sh, sh_ok, Agent, Ended};
 use crate::machine::{faults, Env};
 use crate::Driver;
+pub use live_migration::DEFAULT_MIGRATIONS;
 use nested::{GuestSpec, NestedGuest, NestedHost, HOST_ADDRESS};
 pub use throughput::bench;
 use upstream::{parse_list, parse_output, verdict, Role, Said, Sayings, UpstreamTest, Verdict};
@@ -47,6 +49,7 @@ const LEAVES_REQUESTS: &str = "SOCK_STREAM transport change null-ptr-deref, lock
 /// How long the removal of the driver may take.
 const REMOVAL_LIMIT: Duration = Duration::from_secs(60);
 
+const LIVE_MIGRATION: &str = "host_tier::live_migration";
 const HOST_KERNEL_LOG: &str = "host_tier::host_kernel_log";
 const GUEST_KERNEL_LOG: &str = "host_tier::guest_kernel_log";
 const DRIVER_REMOVAL: &str = "host_tier::driver_removal";
@@ -66,6 +69,8 @@ pub struct Options<'a> {
     pub wanted: &'a dyn Fn(&str) -> bool,
     /// How many times to run each of upstream's tests, to find those that fail now and then.
     pub repeat: u32,
+    /// How many times in a row to migrate the guest.
+    pub migrations: u32,
 }
 
 /// What one test came to.
@@ -87,7 +92,15 @@ pub fn list(env: &Env) -> Result<Vec<String>> {
     for role in Role::BOTH {
         names.extend(tests.iter().map(|test| test.full_name(role)));
     }
-    names.extend([GUEST_KERNEL_LOG, DRIVER_REMOVAL, HOST_KERNEL_LOG].map(str::to_owned));
+    names.extend(
+        [
+            LIVE_MIGRATION,
+            GUEST_KERNEL_LOG,
+            DRIVER_REMOVAL,
+            HOST_KERNEL_LOG,
+        ]
+        .map(str::to_owned),
+    );
     Ok(names)
 }
 
@@ -123,11 +136,12 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
 
     let spec = GuestSpec {
         cid: 3,
+        other_cid: Some(4),
         driver: options.driver,
     };
     let dir = env.run_dir("host_tier")?;
     let mut host = NestedHost::boot(env, &[spec], &dir)?;
-    let guest = host.start_guest(spec)?;
+    let mut guest = host.start_guest(spec)?;
 
     for program in OTHER_PROGRAMS {
         for role in Role::BOTH {
@@ -145,7 +159,7 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
                 continue;
             }
             let begun = Instant::now();
-            let (failed, lost) = run_upstream(&mut host, &guest, *role, ids, last_of_its_run);
+            let (failed, lost) = run_upstream(&mut host, &mut guest, *role, ids, last_of_its_run);
             if options.repeat > 1 {
                 eprintln!(
                     "run {round} of {}, {role}: {} of {} tests ok, {:.1} s",
@@ -186,6 +200,10 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
         }
     }
 
+    if (options.wanted)(LIVE_MIGRATION) {
+        report(LIVE_MIGRATION, migrate(&mut host, &mut guest, options));
+    }
+
     let removal = remove_driver(&guest);
     let logs = [
         (GUEST_KERNEL_LOG, guest.console.clone()),
@@ -206,7 +224,7 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
 /// leaves packets behind.
 fn run_upstream(
     host: &mut NestedHost,
-    guest: &NestedGuest,
+    guest: &mut NestedGuest,
     role: Role,
     ids: &[u32],
     last_of_its_run: Option<u32>,
@@ -238,7 +256,7 @@ fn run_upstream(
         }
         if said.lost {
             let state = host
-                .dump(&guest.spec)
+                .dump(guest)
                 .unwrap_or_else(|error| format!("{error:#}"));
             eprintln!("a machine does not answer; what QEMU says of the guest:\n{state}");
             return (failed, true);
@@ -418,6 +436,23 @@ fn serve_and_connect(
         answer_limit,
     );
     (server_ended, client_ended)
+}
+
+/// Migrates the guest, and says what came of it where that was asked for.
+fn migrate(host: &mut NestedHost, guest: &mut NestedGuest, options: &Options) -> Outcome {
+    let migrations = options.migrations;
+    let mut say = |text: &str| {
+        if migrations != DEFAULT_MIGRATIONS {
+            eprintln!("{text}");
+        }
+    };
+    for _ in 0..options.repeat {
+        match live_migration::run(host, guest, migrations, &mut say) {
+            Ok(summary) => say(&summary.to_string()),
+            Err(error) => return Outcome::Failed(format!("{error:#}")),
+        }
+    }
+    Outcome::Passed
 }
 
 /// Removes the guest's driver, as an administrator would.

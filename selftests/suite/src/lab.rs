@@ -2,7 +2,6 @@
 
 //! What a test of the device tier works with: guests, their devices in this process, and a peer that the test plays itself.
 
-use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::ops::Deref;
@@ -22,9 +21,10 @@ use vsock_device::packet::{TYPE_SEQPACKET, TYPE_STREAM};
 use vsock_device::update::FEATURE_CHECKPOINT;
 use vsock_device::{Device, DeviceConfig, Op, Packet, Relay, Switch, HOST_CID, READY};
 
-use crate::agent::{sh_ok, CallError, Pending};
+use crate::agent::{sh_ok, Agent, CallError};
 use crate::initramfs::Initramfs;
 use crate::machine::{Env, Hardware, KernelStoodStill, Kind, Machine};
+pub use crate::sockets::{Call, SEQPACKET, STREAM};
 use crate::systemd;
 use crate::Driver;
 
@@ -429,28 +429,15 @@ impl MovingGuest {
     }
 }
 
-/// The result of a system call in a guest.
-pub type Call<T> = Result<T, CallError>;
+impl Deref for Guest {
+    type Target = Agent;
 
-/// `SOCK_STREAM`.
-pub const STREAM: i32 = 1;
-
-/// `SOCK_SEQPACKET`.
-pub const SEQPACKET: i32 = 5;
+    fn deref(&self) -> &Agent {
+        &self.machine.agent
+    }
+}
 
 impl Guest {
-    fn call<T: serde::de::DeserializeOwned>(
-        &self,
-        method: &str,
-        params: serde_json::Value,
-    ) -> Call<T> {
-        self.machine.agent.call(method, params, LIMIT)
-    }
-
-    pub fn start(&self, method: &str, params: serde_json::Value) -> Pending {
-        self.machine.agent.start(method, params)
-    }
-
     pub fn sh(&self, script: &str) -> Result<String> {
         sh_ok(&self.machine.agent, script, LIMIT)
     }
@@ -461,175 +448,6 @@ impl Guest {
         let bits = self.sh("cat /sys/bus/virtio/drivers/*vsock*/virtio*/features")?;
         let bit = |(at, is): (usize, char)| u64::from(is == '1') << at;
         Ok(bits.trim().chars().enumerate().map(bit).sum())
-    }
-
-    /// A socket that receives the kernel's uevents.
-    pub fn uevent_socket(&self) -> Call<i32> {
-        self.call("uevent_socket", json!({}))
-    }
-
-    /// The next uevent of a migration: its fields, those of the driver.
-    pub fn next_migration(&self, uevents: i32) -> Result<HashMap<String, String>> {
-        loop {
-            let fields: HashMap<_, _> = self
-                .recv(uevents, 8192)
-                .context("waiting for a uevent")?
-                .split('\0')
-                .filter_map(|field| field.split_once('='))
-                .filter_map(|(name, value)| Some((name.strip_prefix("VSOCK_")?, value)))
-                .map(|(name, value)| (name.to_owned(), value.to_owned()))
-                .collect();
-            if !fields.is_empty() {
-                return Ok(fields);
-            }
-        }
-    }
-
-    /// A stream socket in a network namespace of its own.
-    pub fn socket_in_new_namespace(&self) -> Call<i32> {
-        self.call("socket_in_new_namespace", json!({"kind": STREAM}))
-    }
-
-    pub fn socket(&self, kind: i32) -> Call<i32> {
-        self.call("socket", json!({"kind": kind}))
-    }
-
-    pub fn bind(&self, fd: i32, cid: u32, port: u32) -> Call<()> {
-        self.call("bind", json!({"fd": fd, "cid": cid, "port": port}))
-    }
-
-    pub fn listen(&self, fd: i32, backlog: i32) -> Call<()> {
-        self.call("listen", json!({"fd": fd, "number": backlog}))
-    }
-
-    /// A stream socket that listens at any CID.
-    pub fn listener(&self, port: u32) -> Call<i32> {
-        let fd = self.socket(STREAM)?;
-        self.bind(fd, CID_ANY, port)?;
-        self.listen(fd, 128)?;
-        Ok(fd)
-    }
-
-    pub fn accept(&self, fd: i32) -> Call<i32> {
-        self.call("accept", json!({"fd": fd}))
-    }
-
-    pub fn connect(&self, fd: i32, cid: u32, port: u32) -> Call<()> {
-        self.call("connect", json!({"fd": fd, "cid": cid, "port": port}))
-    }
-
-    pub fn start_connect(&self, fd: i32, cid: u32, port: u32) -> Pending {
-        self.start("connect", json!({"fd": fd, "cid": cid, "port": port}))
-    }
-
-    pub fn send(&self, fd: i32, text: &str) -> Call<usize> {
-        self.call("send", json!({"fd": fd, "text": text}))
-    }
-
-    pub fn send_flags(&self, fd: i32, text: &str, flags: i32) -> Call<usize> {
-        self.call("send", json!({"fd": fd, "text": text, "flags": flags}))
-    }
-
-    pub fn recv(&self, fd: i32, len: usize) -> Call<String> {
-        self.recv_flags(fd, len, 0)
-    }
-
-    pub fn recv_flags(&self, fd: i32, len: usize, flags: i32) -> Call<String> {
-        self.call("recv", json!({"fd": fd, "len": len, "flags": flags}))
-    }
-
-    /// Receives and says only how much.
-    pub fn recv_len(&self, fd: i32, len: usize) -> Call<usize> {
-        self.call("recv_len", json!({"fd": fd, "len": len}))
-    }
-
-    pub fn start_send_pattern(&self, fd: i32, seed: u64, len: u64) -> Pending {
-        self.start("send_pattern", json!({"fd": fd, "seed": seed, "len": len}))
-    }
-
-    /// Sends so many times one byte.
-    pub fn start_send_small(&self, fd: i32, count: u64) -> Pending {
-        self.start("send_small", json!({"fd": fd, "count": count}))
-    }
-
-    pub fn start_recv_pattern(&self, fd: i32, seed: u64, len: u64) -> Pending {
-        self.start("recv_pattern", json!({"fd": fd, "seed": seed, "len": len}))
-    }
-
-    pub fn shutdown(&self, fd: i32, how: i32) -> Call<()> {
-        self.call("shutdown", json!({"fd": fd, "number": how}))
-    }
-
-    pub fn close(&self, fd: i32) -> Call<()> {
-        self.call("close", json!({"fd": fd}))
-    }
-
-    pub fn set_nonblocking(&self, fd: i32, on: bool) -> Call<()> {
-        self.call(
-            "set_nonblocking",
-            json!({"fd": fd, "number": i32::from(on)}),
-        )
-    }
-
-    pub fn start_poll(&self, fd: i32, events: i16, limit: Duration) -> Pending {
-        let ms = limit.as_millis() as i32;
-        self.start(
-            "poll",
-            json!({"fd": fd, "events": events, "timeout_ms": ms}),
-        )
-    }
-
-    /// What poll() says within a limit.
-    pub fn poll(&self, fd: i32, events: i16, limit: Duration) -> Call<i16> {
-        self.start_poll(fd, events, limit).wait(LIMIT + limit)
-    }
-
-    pub fn epoll(&self, fd: i32, events: i32) -> Call<i32> {
-        self.call(
-            "epoll",
-            json!({"fd": fd, "events": events as u32, "timeout_ms": 0}),
-        )
-    }
-
-    /// The events of an epoll instance's descriptor within a limit, 0 for none.
-    pub fn epoll_wait(&self, epoll: i32, limit: Duration) -> Call<i32> {
-        let ms = limit.as_millis() as i32;
-        let params = json!({"fd": epoll, "events": 0, "timeout_ms": ms});
-        self.start("epoll_wait", params).wait(LIMIT + limit)
-    }
-
-    pub fn set_option(&self, fd: i32, level: i32, name: i32, value: &[u8]) -> Call<()> {
-        self.call(
-            "setsockopt",
-            json!({"fd": fd, "level": level, "name": name, "value": value}),
-        )
-    }
-
-    pub fn option(&self, fd: i32, level: i32, name: i32, len: usize) -> Call<Vec<u8>> {
-        self.call(
-            "getsockopt",
-            json!({"fd": fd, "level": level, "name": name, "len": len}),
-        )
-    }
-
-    pub fn siocinq(&self, fd: i32) -> Call<i32> {
-        self.call("siocinq", json!({"fd": fd}))
-    }
-
-    pub fn siocoutq(&self, fd: i32) -> Call<i32> {
-        self.call("siocoutq", json!({"fd": fd}))
-    }
-
-    pub fn local_cid(&self) -> Call<u32> {
-        self.call("local_cid", json!({}))
-    }
-
-    pub fn own_address(&self, fd: i32) -> Call<(u32, u32)> {
-        self.call("getsockname", json!({"fd": fd}))
-    }
-
-    pub fn peer_address(&self, fd: i32) -> Call<(u32, u32)> {
-        self.call("getpeername", json!({"fd": fd}))
     }
 
     /// Connects to a port of the guest as a program of the host does.

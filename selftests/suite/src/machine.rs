@@ -329,7 +329,7 @@ impl Machine {
     }
 
     fn wait_for_agent(socket: &Path, console: &Path, announces: bool) -> Result<Agent> {
-        let agent = Agent::connect(socket, BOOT_LIMIT)?;
+        let agent = Agent::attach(socket, BOOT_LIMIT)?;
         let mut said = 0;
         while !read_log(console).contains("Run /init") {
             if agent.wait_ready(announces, SILENCE_LIMIT).is_ok() {

@@ -7,7 +7,7 @@
 //! | [`machine`] | a machine under QEMU |
 //! | [`initramfs`] | what a machine boots into |
 //! | [`systemd`] | systemd as a machine's process 1 |
-//! | [`agent`] | system calls in a machine |
+//! | [`agent`], [`sockets`] | system calls in a machine |
 //! | [`lab`] | what a test of the device tier works with |
 //! | [`tests`] | the tests of the device tier: guests and a device in this process |
 //! | [`host_tier`] | upstream's tests against the kernel's vhost-vsock, on a nested host |
@@ -24,6 +24,7 @@ mod machine;
 mod pattern;
 mod qmp;
 mod runner;
+mod sockets;
 mod systemd;
 mod tests;
 
@@ -232,27 +233,22 @@ fn run(env: &Env, filters: &[String], jobs: usize, driver: Driver, repeat: u32) 
         runner::run(env, driver, &selected, jobs, &reporter);
     }
     if host_tier::list(env)?.iter().any(|name| wanted(name)) {
-        run_host_tier(env, &wanted, driver, repeat, &reporter);
+        let options = host_tier::Options {
+            driver,
+            wanted: &wanted,
+            repeat,
+            migrations: env.migrations.unwrap_or(host_tier::DEFAULT_MIGRATIONS),
+        };
+        run_host_tier(env, &options, &reporter);
     }
     let tally = reporter.tally();
     println!("{tally}");
     Ok(tally.failed == 0)
 }
 
-fn run_host_tier(
-    env: &Env,
-    wanted: &dyn Fn(&str) -> bool,
-    driver: Driver,
-    repeat: u32,
-    reporter: &Reporter,
-) {
-    let options = host_tier::Options {
-        driver,
-        wanted,
-        repeat,
-    };
+fn run_host_tier(env: &Env, options: &host_tier::Options, reporter: &Reporter) {
     let begun = Instant::now();
-    let result = host_tier::run(env, &options, &mut |name, outcome| match outcome {
+    let result = host_tier::run(env, options, &mut |name, outcome| match outcome {
         host_tier::Outcome::Passed => reporter.passed(name, begun),
         host_tier::Outcome::Failed(why) => reporter.failed(name, begun, &why),
     });

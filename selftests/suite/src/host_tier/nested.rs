@@ -10,33 +10,57 @@
 //!   we --socket-- port of the host ------------------------------------------- agent in the host
 //!   we --socket-- port of the host -- QEMU in the host -- port of the guest -- agent in the guest
 //!   log file ---- port of the host -- QEMU in the host -- ttyS0 of the guest
+//!   we --socket-- port of the host -- monitor of QEMU in the host
 //! ```
+//!
+//! A guest is migrated from one QEMU to another on the same host. A port of the host can be opened once at a time, so
+//! neither of them opens the guest's: a shell holds them open for as long as the guest lives, starts QEMU after QEMU, and
+//! each has the descriptors from it. What the guest writes is then one stream, whichever QEMU writes it.
 
+use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::agent::{sh_ok, Agent};
 use crate::initramfs::{output_of, Initramfs};
+use crate::lab::{wait_for, LIMIT};
 use crate::machine::{find_program, Env, Kind, Machine, Port, BOOT_LIMIT};
+use crate::qmp::{MigrationFigures, Monitor};
 use crate::Driver;
 
 /// Has the guest's kernel answer an NMI by a panic that shows the stacks of all tasks (1) and processors (0x40).
 const DUMP_ON_NMI: &str = "unknown_nmi_panic panic_print=0x41";
 
 /// How long that takes.
-const DUMP_SECONDS: u32 = 30;
+const DUMP_TIME: Duration = Duration::from_secs(30);
 
 /// The host and the guest as QEMU's user network numbers them.
 pub const HOST_ADDRESS: &str = "10.0.2.2";
 const GUEST_ADDRESS: &str = "10.0.2.15";
 
+/// Where a QEMU in the host waits for the state of a guest that is migrated to it.
+const MIGRATION: &str = "unix:/tmp/migration";
+
+/// A shell function: the device of the host's port of a name.
+const FIND_PORT: &str = r#"port() {
+    for d in /sys/class/virtio-ports/*; do
+        [ "$(cat $d/name)" = "$1" ] && echo "/dev/${d##*/}" && return
+    done
+    echo "the host has no virtio port $1" >&2
+    return 1
+}"#;
+
 /// A guest to run on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuestSpec {
-    /// Its CID; no two guests on the host have the same.
+    /// Its CID when it boots; no two guests on the host have the same.
     pub cid: u32,
+    /// The CID that it has where it is migrated to, if it is; from there it is migrated back.
+    pub other_cid: Option<u32>,
     /// The driver of its vsock device.
     pub driver: Driver,
 }
@@ -54,18 +78,18 @@ impl GuestSpec {
         format!("guest{}.cpio", self.cid)
     }
 
+    /// A FIFO of the host: the shell that has the guest's ports open runs what is written to it.
+    fn shell(&self) -> String {
+        format!("/tmp/guest{}.shell", self.cid)
+    }
+
+    fn cids(&self) -> impl Iterator<Item = u32> {
+        [self.cid].into_iter().chain(self.other_cid)
+    }
+
     /// The guest's TCP port that QEMU's user network gives the host, under the same number.
     pub fn forwarded_port(&self) -> u32 {
-        10_000 + self.cid
-    }
-
-    /// What its QEMU says, a file of the host.
-    fn qemu_log(&self) -> String {
-        format!("/tmp/qemu{}.log", self.cid)
-    }
-
-    fn monitor_port(&self) -> u32 {
-        30_000 + self.cid
+        forwarded_port(self.cid)
     }
 
     /// A TCP port of the host that is this guest's to connect to.
@@ -74,16 +98,52 @@ impl GuestSpec {
     }
 }
 
+fn forwarded_port(cid: u32) -> u32 {
+    10_000 + cid
+}
+
+/// The port of the host that is the monitor of the QEMU whose guest has this CID.
+fn monitor_port(cid: u32) -> String {
+    format!("qemu{cid}.monitor")
+}
+
+/// What that QEMU says, a file of the host.
+fn qemu_log(cid: u32) -> String {
+    format!("/tmp/qemu{cid}.log")
+}
+
+/// The status that it ended with, a file of the host.
+fn qemu_status(cid: u32) -> String {
+    format!("/tmp/qemu{cid}.status")
+}
+
+/// QEMU that runs a guest, or waits for one.
+struct Qemu {
+    cid: u32,
+    monitor: Monitor,
+}
+
 /// A guest that runs on the host.
 pub struct NestedGuest {
     pub spec: GuestSpec,
     pub agent: Agent,
     pub console: PathBuf,
+    qemu: Qemu,
+}
+
+impl NestedGuest {
+    /// The CID that its device has now.
+    pub fn cid(&self) -> u32 {
+        self.qemu.cid
+    }
 }
 
 /// The host, running.
 pub struct NestedHost {
     pub machine: Machine,
+    /// Our ends of the monitors' ports, by CID. They stay open: a QEMU that opens such a port and finds nobody at the other
+    /// end takes it for closed for good.
+    monitors: BTreeMap<u32, UnixStream>,
 }
 
 impl NestedHost {
@@ -93,15 +153,12 @@ impl NestedHost {
         build_host(env, guests, dir)?
             .write(&initramfs)
             .context("writing the initramfs of the nested host")?;
-        let ports = guests
-            .iter()
-            .flat_map(|guest| {
-                [
-                    Port::Socket(guest.agent_port()),
-                    Port::File(guest.console_port()),
-                ]
-            })
-            .collect::<Vec<_>>();
+        let mut ports = Vec::new();
+        for guest in guests {
+            ports.push(Port::Socket(guest.agent_port()));
+            ports.push(Port::File(guest.console_port()));
+            ports.extend(guest.cids().map(|cid| Port::Socket(monitor_port(cid))));
+        }
         let machine = Machine::boot(env, Kind::NestedHost, "host", &initramfs, dir, &ports)?;
         sh_ok(
             &machine.agent,
@@ -109,52 +166,38 @@ impl NestedHost {
             BOOT_LIMIT,
         )
         .context("the nested host has no KVM or no vhost-vsock")?;
-        Ok(Self { machine })
+        let mut monitors = BTreeMap::new();
+        for cid in guests.iter().flat_map(GuestSpec::cids) {
+            let socket = machine.port_socket(&monitor_port(cid));
+            let monitor = UnixStream::connect(&socket)
+                .with_context(|| format!("connecting to {}", socket.display()))?;
+            monitors.insert(cid, monitor);
+        }
+        Ok(Self { machine, monitors })
     }
 
     /// Boots one of the guests and waits for its agent and its driver.
     pub fn start_guest(&mut self, spec: GuestSpec) -> Result<NestedGuest> {
         let what = format!("guest {} ({:?})", spec.cid, spec.driver);
-        let qemu_log = spec.qemu_log();
-        let script = format!(
-            r#"
-            port() {{
-                for d in /sys/class/virtio-ports/*; do
-                    [ "$(cat $d/name)" = "$1" ] && echo "/dev/${{d##*/}}" && return
-                done
-                echo "the host has no virtio port $1" >&2
-                return 1
-            }}
-            agent=$(port {agent}) && console=$(port {console}) || exit 1
-            setsid qemu-system-x86_64 -accel kvm -cpu host -smp 2 -m 512 \
-                -nodefaults -no-user-config -display none -no-reboot -no-shutdown \
-                -kernel /vmlinuz -initrd /{initramfs} -append "console=ttyS0 panic=-1 {DUMP_ON_NMI}" \
-                -chardev serial,id=console,path=$console -serial chardev:console \
-                -monitor tcp:127.0.0.1:{monitor},server=on,wait=off \
-                -device virtio-serial-pci \
-                -chardev serial,id=agent,path=$agent -device virtserialport,chardev=agent,name={agent_name} \
-                -netdev user,id=net,hostfwd=tcp:127.0.0.1:{forwarded}-:{forwarded} \
-                -device virtio-net-pci,netdev=net,romfile= \
-                -device vhost-vsock-pci,guest-cid={cid} \
-                >{qemu_log} 2>&1 </dev/null &
-            "#,
+        let agent_socket = self.machine.port_socket(&spec.agent_port());
+        let agent = Agent::attach(&agent_socket, BOOT_LIMIT)
+            .with_context(|| format!("connecting to the agent port of {what}"))?;
+        let hold_ports = format!(
+            "{FIND_PORT}
+            agent=$(port {agent}) && console=$(port {console}) && mkfifo {shell} || exit 1
+            setsid sh <>{shell} 3<>$agent 4<>$console >/dev/null 2>&1 &",
             agent = spec.agent_port(),
             console = spec.console_port(),
-            initramfs = spec.initramfs(),
-            agent_name = Agent::PORT_NAME,
-            forwarded = spec.forwarded_port(),
-            cid = spec.cid,
-            monitor = spec.monitor_port(),
+            shell = spec.shell(),
         );
-        let agent_socket = self.machine.port_socket(&spec.agent_port());
-        let agent = Agent::connect(&agent_socket, BOOT_LIMIT)
-            .with_context(|| format!("connecting to the agent port of {what}"))?;
-        sh_ok(&self.machine.agent, &script, BOOT_LIMIT)
+        sh_ok(&self.machine.agent, &hold_ports, BOOT_LIMIT)
+            .with_context(|| format!("opening the ports of {what}"))?;
+        let qemu = self
+            .start_qemu(&spec, spec.cid, "")
             .with_context(|| format!("starting QEMU for {what} in the nested host"))?;
         let console = self.machine.port_file(&spec.console_port());
         if let Err(error) = agent.wait_ready(false, BOOT_LIMIT) {
-            let said = sh_ok(&self.machine.agent, &format!("cat {qemu_log}"), BOOT_LIMIT)
-                .unwrap_or_default();
+            let said = self.qemu_says(spec.cid);
             return Err(error).context(format!(
                 "{what} did not boot; QEMU in the nested host says: {said:?}; its console is {}",
                 console.display()
@@ -164,6 +207,7 @@ impl NestedHost {
             spec,
             agent,
             console,
+            qemu,
         };
         sh_ok(
             &guest.agent,
@@ -173,18 +217,84 @@ impl NestedHost {
         .with_context(|| format!("the network of {what}"))?;
         Ok(guest)
     }
-}
 
-impl NestedHost {
+    /// Starts QEMU for a guest, whose CID will be `cid`.
+    fn start_qemu(&self, spec: &GuestSpec, cid: u32, arguments: &str) -> Result<Qemu> {
+        // What comes after the first line is for the shell that has the guest's ports: as descriptors 3 and 4.
+        let script = format!(
+            r#"rm -f {status} && cat >{shell} <<'END'
+            {FIND_PORT}
+            (qemu-system-x86_64 -accel kvm -cpu host -smp 2 -m 512 \
+                -nodefaults -no-user-config -display none -no-reboot -no-shutdown \
+                -kernel /vmlinuz -initrd /{initramfs} -append "console=ttyS0 panic=-1 {DUMP_ON_NMI}" \
+                -add-fd fd=3,set=1 -add-fd fd=4,set=2 \
+                -chardev serial,id=console,path=/dev/fdset/2 -serial chardev:console \
+                -chardev serial,id=monitor,path=$(port {monitor}) -qmp chardev:monitor \
+                -device virtio-serial-pci \
+                -chardev serial,id=agent,path=/dev/fdset/1 -device virtserialport,chardev=agent,name={agent_name} \
+                -netdev user,id=net,hostfwd=tcp:127.0.0.1:{forwarded}-:{forwarded} \
+                -device virtio-net-pci,netdev=net,romfile= \
+                -device vhost-vsock-pci,guest-cid={cid} {arguments}
+            echo $? >{status}) >{log} 2>&1 </dev/null &
+END"#,
+            status = qemu_status(cid),
+            shell = spec.shell(),
+            initramfs = spec.initramfs(),
+            monitor = monitor_port(cid),
+            agent_name = Agent::PORT_NAME,
+            forwarded = forwarded_port(cid),
+            log = qemu_log(cid),
+        );
+        sh_ok(&self.machine.agent, &script, BOOT_LIMIT)?;
+        let port = self.monitors.get(&cid).context("it has no such CID")?;
+        let monitor = Monitor::greet(port.try_clone()?)
+            .with_context(|| format!("QEMU says: {:?}", self.qemu_says(cid)))?;
+        Ok(Qemu { cid, monitor })
+    }
+
+    fn qemu_says(&self, cid: u32) -> String {
+        let script = format!("cat {}", qemu_log(cid));
+        sh_ok(&self.machine.agent, &script, BOOT_LIMIT).unwrap_or_default()
+    }
+
+    /// Migrates a guest, while it runs, to another QEMU, where it has its other CID.
+    pub fn migrate(&mut self, guest: &mut NestedGuest) -> Result<MigrationFigures> {
+        let here = guest.cid();
+        let mut cids = guest.spec.cids();
+        let there = cids
+            .find(|cid| *cid != here)
+            .context("the guest has no other CID")?;
+        let mut destination = self.start_qemu(&guest.spec, there, "-incoming defer")?;
+        destination.monitor.wait_for_migration(MIGRATION)?;
+        // Whatever the agent's port has taken by now the agent has read; the QEMU that stops would take more for itself.
+        guest.agent.wait_ready(false, LIMIT)?;
+        let figures = guest
+            .qemu
+            .monitor
+            .migrate(MIGRATION)
+            .with_context(|| format!("the destination says: {:?}", self.qemu_says(there)))?;
+        guest.qemu.monitor.quit()?;
+        wait_for("QEMU to end after the migration", || {
+            let script = format!("cat {} 2>/dev/null; true", qemu_status(here));
+            Ok(!sh_ok(&self.machine.agent, &script, LIMIT)?.is_empty())
+        })?;
+        guest.qemu = destination;
+        Ok(figures)
+    }
+
     /// Makes the kernel of a guest that does not answer show on its console what it is at; gives what its virtual
     /// processors are at.
-    pub fn dump(&mut self, guest: &GuestSpec) -> Result<String> {
+    pub fn dump(&mut self, guest: &mut NestedGuest) -> Result<String> {
+        let monitor = &mut guest.qemu.monitor;
+        let mut said = monitor.human("info status")? + &monitor.human("info registers -a")?;
+        monitor.human("nmi")?;
+        std::thread::sleep(DUMP_TIME);
         let script = format!(
-            "(echo 'info status'; echo 'info registers -a'; echo nmi; sleep {DUMP_SECONDS}) | nc 127.0.0.1 {}; cat {}; ps | grep qemu; dmesg | tail -n 5",
-            guest.monitor_port(),
-            guest.qemu_log(),
+            "cat {}; ps | grep qemu; dmesg | tail -n 5",
+            qemu_log(guest.cid())
         );
-        sh_ok(&self.machine.agent, &script, BOOT_LIMIT)
+        said += &sh_ok(&self.machine.agent, &script, BOOT_LIMIT)?;
+        Ok(said)
     }
 }
 

@@ -120,7 +120,11 @@ impl fmt::Display for Throughput {
 
 /// Measures both drivers `runs` times in each direction; `progress` hears of each transfer.
 pub fn bench(env: &Env, runs: u32, progress: &mut dyn FnMut(&Sample)) -> Result<Throughput> {
-    let specs = [(3, Driver::Rs), (4, Driver::C)].map(|(cid, driver)| GuestSpec { cid, driver });
+    let specs = [(3, Driver::Rs), (4, Driver::C)].map(|(cid, driver)| GuestSpec {
+        cid,
+        other_cid: None,
+        driver,
+    });
     let dir = env.run_dir("bench")?;
     let mut host = NestedHost::boot(env, &specs, &dir)?;
     let mut guests = Vec::new();

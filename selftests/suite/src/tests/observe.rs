@@ -5,10 +5,10 @@
 use std::io::{Read, Write};
 
 use anyhow::{Context, Result};
-use serde::Deserialize;
 use serde_json::json;
 
 use crate::lab::{expect_eq, wait_for, Guest, Lab, GUEST_CID, LIMIT, PORT};
+use crate::sockets::{ESTABLISHED, LISTEN};
 use crate::Driver;
 
 const HOST_CID: u32 = vsock_device::HOST_CID as u32;
@@ -149,25 +149,14 @@ pub fn tracepoints(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// A socket as the kernel's diagnostics show it.
-#[derive(Debug, Deserialize)]
-struct Shown {
-    kind: u8,
-    state: u8,
-    own: (u32, u32),
-    peer: (u32, u32),
-}
-
 /// The kernel's diagnostics list listeners and connections.
 pub fn diagnostics(lab: &Lab) -> Result<()> {
-    const ESTABLISHED: u8 = 1;
-    const LISTEN: u8 = 10;
     let guest = lab.guest_with_modules(&["vsock_diag"])?;
     let listener = guest.listener(PORT)?;
     let _stream = guest.connect_from_host(PORT)?;
     let fd = guest.accept(listener)?;
     let peer = guest.peer_address(fd)?;
-    let shown: Vec<Shown> = guest.start("sockets", json!({})).wait(LIMIT)?;
+    let shown = guest.sockets()?;
     let of_state = |state| {
         shown
             .iter()
