@@ -399,11 +399,10 @@ impl VsockDriver {
             }
             return Closed::Now;
         }
-        match self.send_shutdown(socket, connection, Directions::BOTH) {
+        // After any other error the peer is told by RST, once the close timeout is over.
+        if let Err(ENODEV | EIO) = self.send_shutdown(socket, connection, Directions::BOTH) {
             // Without a device there is nobody to wait for.
-            Err(ENODEV | EIO) => return Closed::Now,
-            // After the close timeout the peer is told by RST.
-            Ok(()) | Err(_) => {}
+            return Closed::Now;
         }
         socket.linger();
         // Meanwhile the peer may have answered, or the device have lost the connection.
