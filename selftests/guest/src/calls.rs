@@ -402,12 +402,16 @@ fn accept_many(wanted: &Many) -> Result<Value> {
     Ok(json!(fds))
 }
 
-/// Raises the limit of open descriptors to `count` more than usual.
+/// Raises the limit of open descriptors by `count`.
 fn allow_descriptors(count: usize) -> Result<()> {
-    let limit = libc::rlimit {
-        rlim_cur: (count + 1024) as libc::rlim_t,
-        rlim_max: (count + 1024) as libc::rlim_t,
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
     };
+    // SAFETY: There is room for the limit.
+    sys::check(unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit) })?;
+    limit.rlim_cur = limit.rlim_cur.saturating_add(count as libc::rlim_t);
+    limit.rlim_max = limit.rlim_max.max(limit.rlim_cur);
     // SAFETY: The limit is valid.
     sys::check(unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limit) })?;
     Ok(())

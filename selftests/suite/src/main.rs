@@ -11,6 +11,7 @@
 //! | [`lab`] | what a test of the device tier works with |
 //! | [`tests`] | the tests of the device tier: guests and a device in this process |
 //! | [`host_tier`] | upstream's tests against the kernel's vhost-vsock, on a nested host |
+//! | [`update_times`] | how long updates of CIDs take |
 //! | [`runner`] | runs tests side by side and reports |
 //! | [`demo`] | the main job, shown |
 
@@ -27,6 +28,7 @@ mod runner;
 mod sockets;
 mod systemd;
 mod tests;
+mod update_times;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -99,6 +101,12 @@ enum Command {
     Bench {
         /// How many times to measure each
         #[arg(long, default_value_t = 3)]
+        runs: u32,
+    },
+    /// Measures updates of the CIDs of up to 10,000 connections
+    BenchUpdates {
+        /// How many times to update so many
+        #[arg(long, default_value_t = 5)]
         runs: u32,
     },
 }
@@ -211,6 +219,10 @@ fn carry_out(arguments: Arguments) -> Result<bool> {
         Command::Bench { runs } => {
             let table = host_tier::bench(&env, runs, &mut |progress| eprintln!("  {progress}"))?;
             println!("{table}");
+            true
+        }
+        Command::BenchUpdates { runs } => {
+            println!("{}", update_times::bench(&env, runs)?);
             true
         }
     };
