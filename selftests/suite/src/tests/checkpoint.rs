@@ -529,6 +529,8 @@ pub fn refused_updates(lab: &Lab) -> Result<()> {
     let mut peer = Peer::watch(&guest);
     let mut guest_cid = OLD_GUEST;
     let good = |guest_cid: u64| Update {
+        // Otherwise it could be the rest of the one before.
+        generation: guest_cid as u32,
         old_guest_cid: guest_cid,
         new_guest_cid: guest_cid + 1,
         ..update(vec![tuple(HOST_PORT)])
