@@ -18,6 +18,7 @@
 //! | [`switch`] | which packet goes where |
 //! | [`blob`] | the host's end of a connection as bytes, for another device |
 //! | [`bridge`] | the host's side of connections, on Unix sockets |
+//! | `migration` | how a guest comes from another device, and leaves for one |
 //! | [`state`] | what a device leaves to the one that its guest moves to |
 //! | [`relay`] | between QEMU and a guest's devices: moves the guest from one to another |
 
@@ -25,6 +26,7 @@ pub mod backend;
 pub mod blob;
 pub mod bridge;
 pub mod device;
+mod migration;
 pub mod packed;
 pub mod packet;
 pub mod relay;

@@ -70,3 +70,55 @@ impl DeviceState {
         Ok(state)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state() -> DeviceState {
+        DeviceState {
+            version: VERSION,
+            addresses: vec![Addresses {
+                guest_cid: 3,
+                host_cid: 2,
+            }],
+            generation: 7,
+            events: vec![ByteBuf::from([1, 2])],
+            updates: vec![vec![ByteBuf::from([3]), ByteBuf::from([4])]],
+            for_guest: vec![ByteBuf::from([5; 44])],
+            requests: vec![ByteBuf::from([6; 44])],
+        }
+    }
+
+    fn refusal(bytes: &[u8]) -> String {
+        format!("{:#}", DeviceState::parse(bytes).unwrap_err())
+    }
+
+    #[test]
+    fn bytes_and_back() {
+        assert_eq!(DeviceState::parse(&state().to_bytes()).unwrap(), state());
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused() {
+        let bytes = state().to_bytes();
+        for len in 0..bytes.len() {
+            assert!(
+                refusal(&bytes[..len]).contains("no device's state"),
+                "{len} bytes"
+            );
+        }
+        let mut long = bytes.clone();
+        long.push(0);
+        assert!(refusal(&long).contains("1 bytes too many"));
+        let at = bytes.windows(7).position(|at| at == b"version").unwrap() + 7;
+        let mut newer = bytes;
+        newer[at] = 9;
+        assert!(refusal(&newer).contains("version 9"));
+        let nowhere = DeviceState {
+            addresses: Vec::new(),
+            ..state()
+        };
+        assert!(refusal(&nowhere.to_bytes()).contains("no addresses"));
+    }
+}
