@@ -252,7 +252,7 @@ impl Shared {
 
 /// A device that serves one guest. Dropping it ends it.
 pub struct Device {
-    shared: Arc<Shared>,
+    pub(crate) shared: Arc<Shared>,
     serving: Option<JoinHandle<()>>,
     socket: PathBuf,
 }

@@ -39,7 +39,9 @@ impl Shared {
     }
 
     /// Stops for good, and says what another device needs to go on.
-    pub(crate) fn save(&self) -> DeviceState {
+    pub(crate) fn save(self: &Arc<Self>) -> DeviceState {
+        // It may have been started and stopped before it got to anything.
+        self.begin();
         let (now, before) = self.addresses();
         let mut addresses = before;
         addresses.retain(|it| *it != now);
@@ -229,5 +231,36 @@ impl Shared {
             drop(state);
             self.wake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Addresses, Device, DeviceConfig};
+    use crate::switch::Switch;
+
+    #[test]
+    fn a_guest_that_only_passes_through_is_told_of_both_migrations() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = DeviceConfig::new(folder.path().join("socket"), 5);
+        let device = Device::start(config, Switch::new()).unwrap();
+        let before = Addresses {
+            guest_cid: 4,
+            host_cid: 2,
+        };
+        let inherited = DeviceState {
+            addresses: vec![before],
+            generation: 7,
+            ..DeviceState::default()
+        };
+        device.shared.load(inherited).unwrap();
+        let left = device.shared.save();
+        let now = Addresses {
+            guest_cid: 5,
+            host_cid: 2,
+        };
+        assert_eq!(left.addresses, [before, now]);
+        assert_eq!((left.generation, left.updates.len()), (8, 1));
     }
 }
