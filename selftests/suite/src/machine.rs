@@ -18,7 +18,7 @@ use crate::Driver;
 pub const BOOT_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long the kernel may say nothing before it has started its init.
-const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+const SILENCE_LIMIT: Duration = Duration::from_secs(60);
 
 /// What the machines are made of, and where their files go.
 #[derive(Clone, Debug)]
