@@ -98,7 +98,8 @@ pub fn connections_go_on(lab: &Lab) -> Result<()> {
     connecting.wait::<()>(LIMIT)?;
 
     let reading = guest.start("recv", json!({"fd": reader, "len": 99}));
-    let polling = guest.start_poll(reader, libc::POLLIN | libc::POLLRDHUP, LIMIT);
+    // Not the one that recv() takes the data of.
+    let polling = guest.start_poll(made, libc::POLLIN | libc::POLLRDHUP, LIMIT);
     // More than the credit.
     let writing = guest.start_send_pattern(writer, 1, 300_000);
     let mut came = 0;
@@ -150,10 +151,12 @@ pub fn connections_go_on(lab: &Lab) -> Result<()> {
         reading.wait::<String>(LIMIT)?,
         "from the new host".to_owned(),
     )?;
+    peer.set_ports(HOST_PORT, request.src_port);
+    peer.send_payload(b"to the made one");
     expect_eq(
         "the blocked poll()",
-        polling.wait::<i16>(LIMIT)? & (libc::POLLERR | libc::POLLHUP),
-        0,
+        polling.wait::<i16>(LIMIT)?,
+        libc::POLLIN,
     )?;
     peer.set_ports(HOST_PORT + 1, PORT);
     peer.set_credit(256 * 1024, 256 * 1024);
