@@ -393,6 +393,10 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
                 // With ACPI the kernel finds the devices without being told.
                 Bus::Mmio => ("microvm,acpi=on", "vhost-user-test-device"),
             };
+            if matches!(hardware.bus, Bus::Mmio) {
+                // QEMU's default is the interface of before virtio 1.0, whose features are 32 bits.
+                qemu.args(["-global", "virtio-mmio.force-legacy=false"]);
+            }
             let accelerator = &env.accelerator;
             qemu.args([
                 "-accel",
