@@ -54,6 +54,7 @@ pub fn describe(error: &anyhow::Error) -> String {
         (libc::ENOTCONN, "ENOTCONN"),
         (libc::ETIMEDOUT, "ETIMEDOUT"),
         (libc::ECONNREFUSED, "ECONNREFUSED"),
+        (libc::EHOSTUNREACH, "EHOSTUNREACH"),
         (libc::EALREADY, "EALREADY"),
         (libc::EINPROGRESS, "EINPROGRESS"),
     ];

@@ -34,8 +34,8 @@ const HOST_PORT: u32 = 3000;
 const KINDS: [i32; 2] = [STREAM, SEQPACKET];
 const KIND_NAMES: [&str; 2] = ["stream", "seqpacket"];
 
-/// What a program of the host sees whose guest has gone, by what it was doing. That is the host's part.
-const HOST_ERRORS: [&str; 3] = ["ECONNRESET", "EPIPE", "ENOTCONN"];
+/// What a program of the host sees whose guest has gone, by what it was doing and how far QEMU is. That is the host's part.
+const HOST_ERRORS: [&str; 4] = ["ECONNRESET", "EPIPE", "ENOTCONN", "EHOSTUNREACH"];
 
 /// What a program of the guest does with its connection when the migration comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -87,9 +87,14 @@ pub fn journal_is_forwarded(lab: &Lab) -> Result<()> {
         })?;
     }
     let mut journal = String::new();
-    wait_for("what is stored to be the journal", || {
+    let same = wait_for("what is stored to be the journal", || {
         journal = guest.sh("journalctl --boot --no-tail --output=export")?;
         Ok(collector.stored("journal", boot.trim())? == journal.as_bytes())
+    });
+    same.or_else(|error| {
+        // To compare it with what is stored, which is beside it.
+        std::fs::write(lab.file("journal"), &journal)?;
+        Err(error)
     })?;
     ensure!(
         journal.contains("message 5 of the test"),
