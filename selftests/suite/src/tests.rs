@@ -61,6 +61,14 @@ const WITH_HIBERNATION: &[Test] = &[Test {
     run: lifecycle::hibernation,
 }];
 
+/// Tests that are run where they are asked for by name, because they fail now and then: kernels stand still on microvm
+/// before they have started anything of ours, and the end of the journal is not forwarded, why is not known yet.
+pub const ON_REQUEST: &[&str] = &[
+    "hardware::mmio",
+    "packed_rings::hardware::mmio",
+    "units::journal_is_forwarded",
+];
+
 /// All tests that a kernel is able to run.
 pub fn all(env: &Env) -> Vec<&'static Test> {
     let mut tests: Vec<&Test> = ON_ANY_KERNEL.iter().chain(ON_PACKED_RINGS).collect();
