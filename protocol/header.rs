@@ -205,17 +205,26 @@ impl Header {
         if self.op == Op::Rst {
             return None;
         }
-        Some(Header {
-            src_cid: self.dst_cid,
-            dst_cid: self.src_cid,
-            src_port: self.dst_port,
-            dst_port: self.src_port,
+        Some(Header::rst(
+            (self.dst_cid, self.dst_port),
+            (self.src_cid, self.src_port),
+            self.socket_type,
+        ))
+    }
+
+    /// The RST from `src` to `dst`, a CID and a port each, of something that is no connection and so has no credit.
+    pub(super) fn rst(src: (u64, u32), dst: (u64, u32), socket_type: SocketType) -> Header {
+        Header {
+            src_cid: src.0,
+            dst_cid: dst.0,
+            src_port: src.1,
+            dst_port: dst.1,
             len: 0,
-            socket_type: self.socket_type,
+            socket_type,
             op: Op::Rst,
             flags: 0,
             buf_alloc: 0,
             fwd_cnt: 0,
-        })
+        }
     }
 }

@@ -8,7 +8,7 @@
 use super::{
     cid::Cid,
     event::tuples,
-    header::{Header, Op, SocketType},
+    header::{Header, SocketType},
 };
 
 /// Length of a tuple on the wire, in bytes.
@@ -72,18 +72,11 @@ impl Tuple {
 
     /// The RST that tells the device that there is no such connection at the guest with `guest_cid`.
     pub fn reset(&self, guest_cid: Cid) -> Header {
-        Header {
-            src_cid: guest_cid.get().into(),
-            dst_cid: self.host_new_cid.get().into(),
-            src_port: self.guest_port,
-            dst_port: self.host_port,
-            len: 0,
-            socket_type: self.socket_type,
-            op: Op::Rst,
-            flags: 0,
-            buf_alloc: 0,
-            fwd_cnt: 0,
-        }
+        Header::rst(
+            (guest_cid.get().into(), self.guest_port),
+            (self.host_new_cid.get().into(), self.host_port),
+            self.socket_type,
+        )
     }
 }
 
