@@ -52,6 +52,7 @@ impl Shared {
             ..DeviceState::default()
         };
         let mut responses = Vec::new();
+        self.switch.guest_leaves(now.guest_cid);
         {
             let mut state = lock(&self.state);
             state.stopped = true;

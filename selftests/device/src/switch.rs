@@ -6,7 +6,7 @@
 //! knows them: the guest that has moved is told of its connections, and so is each guest at their other ends, whose own
 //! CID stays as it is.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, Weak};
 
 use crate::device::{lock, Addresses, Shared};
@@ -27,7 +27,9 @@ struct State {
     links: Vec<Link>,
     /// Which CID guests that have moved have instead of an earlier one.
     moved: HashMap<u64, u64>,
-    /// Packets to guests that are about to move.
+    /// CIDs of guests that have left one device and have not begun at another.
+    between_devices: HashSet<u64>,
+    /// Packets to these.
     parked: Vec<Packet>,
 }
 
@@ -77,11 +79,17 @@ impl State {
         cid
     }
 
-    /// Gives a packet to the device of its guest, or keeps it for the one that the guest moves to.
-    fn deliver(&mut self, to: &Shared, packet: Packet) {
-        if let Err(packet) = to.send_between_guests(packet) {
-            self.parked.push(packet);
-        }
+    /// Gives a packet to the device of its guest, or keeps it for the one that the guest moves to; gives it back where
+    /// there is no such guest.
+    fn deliver(&mut self, packet: Packet) -> Result<(), Packet> {
+        let kept = match self.device(packet.dst_cid) {
+            Some(device) => device.send_between_guests(packet).err(),
+            // The device that the guest has left may be gone before the guest is there again.
+            None if self.between_devices.contains(&packet.dst_cid) => Some(packet),
+            None => return Err(packet),
+        };
+        self.parked.extend(kept);
+        Ok(())
     }
 
     /// Tuples of the connections of the guest with `cid`, by its present CID and by those that the others have, except
@@ -141,11 +149,17 @@ impl Switch {
         }
     }
 
+    /// A guest has left its device, and will begin at another.
+    pub(crate) fn guest_leaves(&self, cid: u64) {
+        lock(&self.state).between_devices.insert(cid);
+    }
+
     /// A guest has moved to `device`, and has another CID perhaps. Its peers among the guests are told of it. Returns the
     /// tuples of its connections to them, and the packets that wait for it.
     pub(crate) fn guest_moved(&self, old_cid: u64, device: &Shared) -> (Vec<Tuple>, Vec<Packet>) {
         let cid = device.guest_cid();
         let mut state = lock(&self.state);
+        state.between_devices.remove(&old_cid);
         if cid != old_cid {
             state.devices.remove(&old_cid);
             state.moved.insert(old_cid, cid);
@@ -230,21 +244,86 @@ impl Switch {
         if packet.src_cid != guest_cid {
             return;
         }
-        let Some(to) = state.device(packet.dst_cid) else {
-            return refuse(from, &packet);
-        };
         let link = Link::of(&packet);
         match packet.op {
             Op::RESPONSE if !state.links.contains(&link) => state.links.push(link),
             Op::RST => state.links.retain(|other| *other != link),
             _ => {}
         }
-        state.deliver(&to, packet);
+        if let Err(packet) = state.deliver(packet) {
+            refuse(from, &packet);
+        }
     }
 }
 
 fn refuse(from: &Shared, packet: &Packet) {
     if packet.op != Op::RST {
         from.send_to_guest(packet.reply(Op::RST));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Device, DeviceConfig, ForGuest};
+    use crate::packet::TYPE_STREAM;
+
+    fn packet_between_guests() -> Packet {
+        Packet {
+            src_cid: 9,
+            dst_cid: 4,
+            src_port: 1,
+            dst_port: 2,
+            socket_type: TYPE_STREAM,
+            op: Op::RW,
+            flags: 0,
+            buf_alloc: 0,
+            fwd_cnt: 0,
+            payload: vec![1],
+        }
+    }
+
+    /// The operations and the receivers of the packets that wait for a guest.
+    fn waiting(device: &Device) -> Vec<(Op, u64)> {
+        lock(&device.shared.state)
+            .for_guest
+            .iter()
+            .filter_map(|waiting| match waiting {
+                ForGuest::Packet(packet) => Some((packet.op, packet.dst_cid)),
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_packet_to_a_guest_between_devices_waits_for_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let switch = Switch::new();
+        let start = |cid: u64| {
+            let socket = folder.path().join(cid.to_string());
+            Device::start(DeviceConfig::new(socket, cid), switch.clone()).unwrap()
+        };
+        let (peer, source) = (start(9), start(4));
+        let state = source.shared.save();
+        // Its threads may hold on to it for a while.
+        lock(&switch.state).devices.remove(&4);
+        switch.route(&peer.shared, packet_between_guests());
+        assert_eq!(waiting(&peer), []);
+
+        let destination = start(5);
+        destination.shared.load(state).unwrap();
+        destination.shared.begin();
+        assert_eq!(waiting(&destination), [(Op::RW, 5)]);
+    }
+
+    #[test]
+    fn a_packet_to_nobody_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let config = DeviceConfig::new(folder.path().join("9"), 9);
+        let peer = Device::start(config, Switch::new()).unwrap();
+        peer.shared
+            .switch
+            .route(&peer.shared, packet_between_guests());
+        assert_eq!(waiting(&peer), [(Op::RST, 9)]);
     }
 }

@@ -277,9 +277,6 @@ pub fn one_of_two_guests(lab: &Lab) -> Result<()> {
             let destination = lab.near_destination(cid)?;
             moving.stop()?;
             moving.go_on(destination)?;
-            // One at a time: both guests have taken it.
-            moving.wait_counter("kept_connections", 2 * i64::from(round))?;
-            staying.wait_counter("kept_connections", 3 * i64::from(round))?;
         }
         for way in ways {
             let sender = if way.is_from_staying {
