@@ -99,10 +99,15 @@ impl Agent {
     /// The name of the agent's virtio port.
     pub const PORT_NAME: &'static str = "agent";
 
-    /// Connects to the socket of an agent's port, which QEMU may yet have to make.
-    pub fn attach(socket: &Path, limit: Duration) -> Result<Self> {
+    /// Connects to the socket of an agent's port, which QEMU may yet have to make; gives up when `check` fails.
+    pub fn attach(
+        socket: &Path,
+        limit: Duration,
+        mut check: impl FnMut() -> Result<()>,
+    ) -> Result<Self> {
         let end = Instant::now() + limit;
         let port = loop {
+            check()?;
             match UnixStream::connect(socket) {
                 Ok(port) => break port,
                 Err(error) if Instant::now() > end => {

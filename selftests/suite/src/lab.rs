@@ -60,6 +60,9 @@ pub struct Lab<'a> {
     dir: PathBuf,
     switch: Arc<Switch>,
     machines: Mutex<Vec<Arc<Machine>>>,
+    /// Boots that were begun. Files have names of their own in each: those of machines of before are still there, and a
+    /// device that ends removes its socket.
+    boots: AtomicU32,
     /// What the rings of devices can do.
     ring_features: AtomicU64,
     destinations: AtomicU32,
@@ -73,6 +76,7 @@ impl<'a> Lab<'a> {
             dir: env.run_dir(&test.replace("::", "."))?,
             switch: Switch::new(),
             machines: Mutex::default(),
+            boots: AtomicU32::new(0),
             ring_features: AtomicU64::new(RING_FEATURES),
             destinations: AtomicU32::new(1),
         })
@@ -306,8 +310,7 @@ impl<'a> Lab<'a> {
         stand_between: &mut dyn FnMut(&Path) -> Result<PathBuf>,
         fill: &impl Fn(&mut Initramfs) -> Result<()>,
     ) -> Result<Guest> {
-        // Machines of before are still there, and have their files.
-        let name = match self.machines().len() {
+        let name = match self.boots.fetch_add(1, Ordering::Relaxed) {
             0 => format!("guest{cid}"),
             before => format!("guest{cid}.{before}"),
         };

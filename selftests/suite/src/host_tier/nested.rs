@@ -180,7 +180,7 @@ impl NestedHost {
     pub fn start_guest(&mut self, spec: GuestSpec) -> Result<NestedGuest> {
         let what = format!("guest {} ({:?})", spec.cid, spec.driver);
         let agent_socket = self.machine.port_socket(&spec.agent_port());
-        let agent = Agent::attach(&agent_socket, BOOT_LIMIT)
+        let agent = Agent::attach(&agent_socket, BOOT_LIMIT, || Ok(()))
             .with_context(|| format!("connecting to the agent port of {what}"))?;
         let hold_ports = format!(
             "{FIND_PORT}
