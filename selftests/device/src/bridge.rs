@@ -11,6 +11,8 @@
 //!   it reads `OK <port of the host>\n`, and then the socket is the connection, as if nothing had happened.
 //! - Where something cannot be done it reads `REFUSED <reason>\n`.
 //! - A guest's connection to port P of the host becomes one to `<path>_<P>`, and is refused where nobody listens there.
+//!   The name of its Unix socket, in the abstract namespace, ends in `:<port of the guest>`; a program that accepts it and
+//!   wants to ask for its state finds the port there ([`guest_port`]).
 //!
 //! The Unix sockets are of the type that the connection has. Those of type SOCK_SEQPACKET connect to `<path>.seqpacket`;
 //! a request is a message then, and each message after it is one of the connection's, of 64 KiB at most.
@@ -21,9 +23,10 @@ use std::collections::{HashMap, VecDeque};
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::thread;
 
@@ -160,6 +163,24 @@ pub fn connect(path: &Path, socket_type: u16) -> std::io::Result<UnixStream> {
     let socket = unix_socket(socket_type)?;
     socket.connect(&SockAddr::unix(path)?)?;
     Ok(OwnedFd::from(socket).into())
+}
+
+/// The same for a guest's connection from a port.
+fn connect_for_guest(path: &Path, socket_type: u16, port: u32) -> std::io::Result<UnixStream> {
+    static CONNECTIONS: AtomicU64 = AtomicU64::new(0);
+    let number = CONNECTIONS.fetch_add(1, Ordering::Relaxed);
+    let name = format!("\0vsock-device:{}:{number}:{port}", std::process::id());
+    let socket = unix_socket(socket_type)?;
+    socket.bind(&SockAddr::unix(name)?)?;
+    socket.connect(&SockAddr::unix(path)?)?;
+    Ok(OwnedFd::from(socket).into())
+}
+
+/// The guest's port of a connection that a program of the host has accepted.
+pub fn guest_port(accepted: &UnixStream) -> Option<u32> {
+    let address = accepted.peer_addr().ok()?;
+    let name = std::str::from_utf8(address.as_abstract_name()?).ok()?;
+    name.rsplit_once(':')?.1.parse().ok()
 }
 
 fn listen(path: &Path, socket_type: u16) -> std::io::Result<UnixListener> {
@@ -512,7 +533,8 @@ impl Bridge {
     fn connect_to_host(self: &Arc<Self>, packet: &Packet) {
         let mut path = self.path.clone().into_os_string();
         path.push(format!("_{}", packet.dst_port));
-        let Ok(stream) = connect(path.as_ref(), packet.socket_type) else {
+        let path = Path::new(&path);
+        let Ok(stream) = connect_for_guest(path, packet.socket_type, packet.src_port) else {
             return self.refuse(packet);
         };
         let mut state = ConnectionState {

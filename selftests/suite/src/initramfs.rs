@@ -156,6 +156,12 @@ impl<'a> Initramfs<'a> {
         Ok(())
     }
 
+    /// Adds a program that needs no libraries, in `/bin`.
+    pub fn program_in_bin(&mut self, program: &Path) -> Result<()> {
+        let name = program.file_name().context("the program has no name")?;
+        self.file(&format!("bin/{}", name.to_string_lossy()), program)
+    }
+
     /// Adds a program as it is installed here, with the libraries that it is linked with.
     pub fn program(&mut self, program: &Path) -> Result<()> {
         self.file(&program.to_string_lossy(), program)?;

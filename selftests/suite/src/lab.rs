@@ -137,10 +137,9 @@ impl<'a> Lab<'a> {
 
     /// Boots a guest with the driver under test and a program in `/bin`.
     pub fn guest_with_program(&self, cid: u32, program: &Path) -> Result<Guest> {
-        let name = program.file_name().context("the program has no name")?;
         self.boot(cid, &Hardware::default(), |initramfs| {
             initramfs.driver(self.driver)?;
-            initramfs.file(&format!("bin/{}", name.to_string_lossy()), program)
+            initramfs.program_in_bin(program)
         })
     }
 
@@ -172,6 +171,15 @@ impl<'a> Lab<'a> {
 
     /// Boots a guest that can move to other devices.
     pub fn moving_guest(&self) -> Result<MovingGuest> {
+        self.boot_moving(|_| Ok(()))
+    }
+
+    /// The same, with a program in `/bin`.
+    pub fn moving_guest_with_program(&self, program: &Path) -> Result<MovingGuest> {
+        self.boot_moving(|initramfs| initramfs.program_in_bin(program))
+    }
+
+    fn boot_moving(&self, add: impl Fn(&mut Initramfs) -> Result<()>) -> Result<MovingGuest> {
         let hardware = Hardware {
             features: FEATURE_CHECKPOINT,
             ..Hardware::default()
@@ -187,7 +195,10 @@ impl<'a> Lab<'a> {
                 relay = Some(Relay::start(&socket, device)?);
                 Ok(socket)
             },
-            |initramfs| initramfs.driver(self.driver),
+            |initramfs| {
+                initramfs.driver(self.driver)?;
+                add(initramfs)
+            },
         )?;
         Ok(MovingGuest {
             guest,
@@ -415,6 +426,12 @@ impl MovingGuest {
         connect_by(&self.uds, socket_type, port)
     }
 
+    /// Resets the device to another CID of the guest, where the guest has not moved yet.
+    pub fn reset(&mut self, cid: u32) {
+        self.guest.device.transport_reset(u64::from(cid));
+        self.guest.cid = cid;
+    }
+
     /// Stops the device: programs of the host can ask it for the states of their connections.
     pub fn stop(&self) -> Result<()> {
         self.relay.stop().context("stopping the device")
@@ -505,11 +522,16 @@ impl Guest {
     }
 }
 
+/// The Unix socket of a port of the host, as the guest of the device at `uds` sees it.
+pub fn host_socket(uds: &Path, port: u32) -> PathBuf {
+    format!("{}_{port}", uds.display()).into()
+}
+
 /// Serves a port of the host to the guest of the device at `uds`.
 pub fn host_listener(uds: &Path, port: u32) -> Result<UnixListener> {
-    let path = format!("{}_{port}", uds.display());
+    let path = host_socket(uds, port);
     let _ = std::fs::remove_file(&path);
-    UnixListener::bind(&path).with_context(|| format!("listening on {path}"))
+    UnixListener::bind(&path).with_context(|| format!("listening on {}", path.display()))
 }
 
 /// Connects to the bridge of a device as a program of the host.

@@ -2,9 +2,11 @@
 
 //! The tests of the device tier: what a user of a guest sees.
 
+mod carrier;
 mod checkpoint;
 mod credit;
 mod faults;
+pub mod file_transfer;
 mod hardware;
 mod hostile;
 mod lifecycle;
@@ -91,6 +93,7 @@ tests! {
         behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates;
     migration: traffic_goes_on, one_of_two_guests, bad_states, told_to_programs;
     recovery: resets_and_a_reboot, collector_dies, collector_in_a_guest;
+    file_transfer: reset_and_migrations;
     units: migrated_service, journal_is_forwarded;
     sharing: fairness, order_is_kept, memory_of_small_packets;
     namespaces: global_mode, local_mode;

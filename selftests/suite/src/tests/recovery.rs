@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{ensure, Context, Result};
@@ -13,10 +13,10 @@ use serde::Deserialize;
 use serde_json::json;
 use vsock_device::HOST_CID;
 
-use crate::lab::{expect_eq, wait_for, Guest, Lab, GUEST_CID, LIMIT};
+use crate::lab::{expect_eq, host_socket, wait_for, Guest, Lab, GUEST_CID, LIMIT};
 
 /// The port of the host where the collector listens.
-const COLLECTOR_PORT: u32 = 9000;
+pub const COLLECTOR_PORT: u32 = 9000;
 
 /// The port of the guest where the agent answers requests.
 const STATUS_PORT: u32 = 9001;
@@ -43,11 +43,16 @@ impl Drop for Collector {
 impl Collector {
     /// Starts one for a guest and waits until it listens.
     pub fn start(lab: &Lab, guest: &Guest) -> Result<Self> {
+        Self::start_at(lab, &host_socket(&guest.uds, COLLECTOR_PORT))
+    }
+
+    /// Starts one that listens on a Unix socket.
+    pub fn start_at(lab: &Lab, socket: &Path) -> Result<Self> {
         let store = lab.file("store");
         let log = fs::File::create(lab.file("collector.log")).context("making collector.log")?;
         let mut child = Command::new(&lab.env.forwarder)
             .args(["collect", "--listen"])
-            .arg(format!("unix:{}_{COLLECTOR_PORT}", guest.uds.display()))
+            .arg(format!("unix:{}", socket.display()))
             .arg("--store")
             .arg(&store)
             .stdout(Stdio::piped())
@@ -74,29 +79,29 @@ impl Collector {
 
 /// What the agent answers.
 #[derive(Debug, Deserialize)]
-struct Status {
-    boot: String,
+pub struct Status {
+    pub boot: String,
     generation: Option<u64>,
-    connected: bool,
-    acknowledged: u64,
-    retries: Retries,
-    starts: Starts,
+    pub connected: bool,
+    pub acknowledged: u64,
+    pub retries: Retries,
+    pub starts: Starts,
 }
 
 #[derive(Debug, Deserialize, PartialEq)]
-struct Retries {
-    at_once: u64,
-    after_a_wait: u64,
+pub struct Retries {
+    pub at_once: u64,
+    pub after_a_wait: u64,
 }
 
 #[derive(Debug, Deserialize, PartialEq)]
-struct Starts {
-    new: u64,
-    resume: u64,
-    after_reboot: u64,
+pub struct Starts {
+    pub new: u64,
+    pub resume: u64,
+    pub after_reboot: u64,
 }
 
-fn status(guest: &Guest) -> Result<Status> {
+pub fn status(guest: &Guest) -> Result<Status> {
     let mut stream = guest.connect_from_host(STATUS_PORT)?;
     stream.write_all(b"status\n")?;
     let mut answer = String::new();
@@ -107,7 +112,7 @@ fn status(guest: &Guest) -> Result<Status> {
 }
 
 /// Waits until the agent's status is as it should be; says what it was where it is not.
-fn wait_status(guest: &Guest, what: &str, is: impl Fn(&Status) -> bool) -> Result<Status> {
+pub fn wait_status(guest: &Guest, what: &str, is: impl Fn(&Status) -> bool) -> Result<Status> {
     let mut last = None;
     wait_for(what, || {
         let status = status(guest)?;
@@ -122,7 +127,7 @@ fn wait_status(guest: &Guest, what: &str, is: impl Fn(&Status) -> bool) -> Resul
     last.context("there was no status")
 }
 
-fn wait_for_file(guest: &Guest, path: &str) -> Result<()> {
+pub fn wait_for_file(guest: &Guest, path: &str) -> Result<()> {
     wait_for(path, || {
         let found = guest.sh(&format!("[ -e {path} ] && echo yes || echo no"))?;
         Ok(found.trim() == "yes")
@@ -130,7 +135,7 @@ fn wait_for_file(guest: &Guest, path: &str) -> Result<()> {
 }
 
 /// Starts the agent, which also answers requests, and waits for that.
-fn start_agent(guest: &Guest, input: &str, source: &str) -> Result<()> {
+pub fn start_agent(guest: &Guest, input: &str, source: &str) -> Result<()> {
     start_agent_for(guest, HOST_CID, input, source)
 }
 
@@ -147,13 +152,29 @@ fn start_agent_for(guest: &Guest, cid: u64, input: &str, source: &str) -> Result
 fn boot(lab: &Lab, cid: u32, first: u32) -> Result<(Guest, Collector)> {
     let guest = lab.guest_with_program(cid, &lab.env.forwarder)?;
     let collector = Collector::start(lab, &guest)?;
-    guest.sh(&format!(
-        "(n={first}; while [ ! -e /tmp/stop ]; do seq $n $((n+19)); n=$((n+20)); usleep 1000; done >/tmp/log; \
-         touch /tmp/stopped) >/dev/null 2>&1 </dev/null &"
-    ))?;
-    wait_for_file(&guest, "/tmp/log")?;
+    begin_growing(&guest, first, 20)?;
     start_agent(&guest, "", "/tmp/log")?;
     Ok((guest, collector))
+}
+
+/// Lets a file grow in a guest, `/tmp/log`, from a first number on, by so many numbers each time.
+pub fn begin_growing(guest: &Guest, first: u32, by: u32) -> Result<()> {
+    guest.sh(&format!(
+        "(n={first}; while [ ! -e /tmp/stop ]; do seq $n $((n+{by}-1)); n=$((n+{by})); usleep 1000; done >/tmp/log; \
+         touch /tmp/stopped) >/dev/null 2>&1 </dev/null &"
+    ))?;
+    wait_for_file(guest, "/tmp/log")
+}
+
+/// Lets it grow no more, waits until all is acknowledged, and returns it.
+pub fn end_growing(guest: &Guest) -> Result<Vec<u8>> {
+    guest.sh("touch /tmp/stop")?;
+    wait_for_file(guest, "/tmp/stopped")?;
+    let file = guest.sh("cat /tmp/log")?.into_bytes();
+    wait_status(guest, "all to be acknowledged", |is| {
+        is.acknowledged == file.len() as u64
+    })?;
+    Ok(file)
 }
 
 /// What `seq` writes.
@@ -164,7 +185,7 @@ fn seq(first: u32, last: u32) -> Vec<u8> {
 }
 
 /// So many bytes of what is written from a first number on.
-fn growing_file(first: u32, len: usize) -> Vec<u8> {
+pub fn growing_file(first: u32, len: usize) -> Vec<u8> {
     // No line is shorter than two bytes.
     let mut text = seq(first, first + len as u32 / 2);
     text.truncate(len);
@@ -225,12 +246,7 @@ pub fn resets_and_a_reboot(lab: &Lab) -> Result<()> {
     expect_eq("the agent's starts", &after.starts, &starts)?;
     ensure!(before.boot != after.boot, "it was no reboot: {after:?}");
 
-    guest.sh("touch /tmp/stop")?;
-    wait_for_file(&guest, "/tmp/stopped")?;
-    let file = guest.sh("cat /tmp/log")?.into_bytes();
-    wait_status(&guest, "all to be acknowledged", |is| {
-        is.acknowledged == file.len() as u64
-    })?;
+    let file = end_growing(&guest)?;
     ensure!(
         collector.stored("log", &after.boot)? == file
             && file == growing_file(FIRST_NUMBERS[1], file.len()),

@@ -115,26 +115,24 @@ struct Program {
     received: u64,
 }
 
-/// A program that sends and receives until it is told that the guest moves.
-struct Working {
+/// A program that works until it is told that the guest moves.
+pub struct Working<T> {
     stop: Sender<()>,
-    thread: JoinHandle<Result<Program>>,
+    thread: JoinHandle<Result<T>>,
 }
 
-impl Working {
-    fn begin(program: Program) -> Self {
+impl<T: Send + 'static> Working<T> {
+    /// `work` returns when something, or nobody, is at the other end of the channel.
+    pub fn begin(work: impl FnOnce(&Receiver<()>) -> Result<T> + Send + 'static) -> Self {
         let (stop, stopped) = channel();
         Self {
             stop,
-            thread: std::thread::spawn(move || {
-                let kind = program.kind;
-                let worked = program.work(&stopped);
-                worked.with_context(|| format!("the host's program, {kind:?}"))
-            }),
+            thread: std::thread::spawn(move || work(&stopped)),
         }
     }
 
-    fn end(self) -> Result<Program> {
+    /// Tells it, and waits for it.
+    pub fn end(self) -> Result<T> {
         // It may have ended with an error before.
         let _ = self.stop.send(());
         self.thread
@@ -144,6 +142,14 @@ impl Working {
 }
 
 impl Program {
+    fn begin(self) -> Working<Self> {
+        Working::begin(move |stop| {
+            let kind = self.kind;
+            let worked = self.work(stop);
+            worked.with_context(|| format!("the host's program, {kind:?}"))
+        })
+    }
+
     fn work(mut self, stop: &Receiver<()>) -> Result<Self> {
         self.stream.set_nonblocking(true)?;
         let mut buffer = vec![0; PART.max(pattern::MAX_MESSAGE + 1)];
@@ -257,7 +263,7 @@ struct GuestEnd {
 pub struct Traffic {
     listeners: Vec<i32>,
     guest_ends: Vec<GuestEnd>,
-    working: Vec<Working>,
+    working: Vec<Working<Program>>,
     resting: Vec<Program>,
 }
 
@@ -328,7 +334,7 @@ impl Traffic {
     /// Lets the programs go on.
     pub fn work(&mut self) {
         self.working
-            .extend(self.resting.drain(..).map(Working::begin));
+            .extend(self.resting.drain(..).map(Program::begin));
     }
 
     /// Ends all connections, and compares what was sent with what came.
