@@ -62,12 +62,10 @@ const WITH_HIBERNATION: &[Test] = &[Test {
 }];
 
 /// Tests that are run where they are asked for by name, because they fail now and then: kernels stand still on microvm
-/// before they have started anything of ours; why the end of the journal is not forwarded, and what goes wrong between two
-/// guests one of which moves, is not known yet.
+/// before they have started anything of ours; what goes wrong between two guests one of which moves, is not known yet.
 pub const ON_REQUEST: &[&str] = &[
     "hardware::mmio",
     "packed_rings::hardware::mmio",
-    "units::journal_is_forwarded",
     "migration::one_of_two_guests",
 ];
 
