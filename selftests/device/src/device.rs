@@ -298,6 +298,8 @@ impl Device {
                     eprintln!("vsock-device: {error}");
                     return;
                 }
+                // It removes its socket, whose name may be another device's once QEMU has ended.
+                drop(listener);
                 // QEMU ends the connection when it ends; that is no error.
                 let _ = daemon.wait();
             })

@@ -62,6 +62,8 @@ impl Relay {
                 let Ok(Some(mut requests)) = accepted else {
                     return;
                 };
+                // It removes its socket, whose name may be another relay's once QEMU has ended.
+                drop(listener);
                 // QEMU ends the connection when it ends; that is no error.
                 while requests.handle_request().is_ok() {}
             })

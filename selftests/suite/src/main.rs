@@ -240,8 +240,7 @@ fn run(env: &Env, filters: &[String], jobs: usize, driver: Driver, repeat: u32) 
     };
     let reporter = Reporter::new(driver);
     let mut selected = tests::all(env);
-    let is_on_request = |name| filters.is_empty() && tests::ON_REQUEST.contains(&name);
-    selected.retain(|test| wanted(test.name) && !is_on_request(test.name));
+    selected.retain(|test| wanted(test.name));
     for _ in 0..repeat {
         runner::run(env, driver, &selected, jobs, &reporter);
     }

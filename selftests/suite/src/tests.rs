@@ -63,10 +63,6 @@ const WITH_HIBERNATION: &[Test] = &[Test {
     run: lifecycle::hibernation,
 }];
 
-/// Tests that are run where they are asked for by name, because they fail now and then: why the end of the journal is not
-/// forwarded is not known yet.
-pub const ON_REQUEST: &[&str] = &["units::journal_is_forwarded"];
-
 /// All tests that a kernel is able to run.
 pub fn all(env: &Env) -> Vec<&'static Test> {
     let mut tests: Vec<&Test> = ON_ANY_KERNEL.iter().chain(ON_PACKED_RINGS).collect();
