@@ -243,6 +243,8 @@ impl VhostUserBackend for Backend {
 
     fn acked_features(&self, features: u64) {
         // QEMU sends them when the driver begins.
+        let accepted = &self.device.accepted_features;
+        accepted.store(features, Ordering::Relaxed);
         let is_packed = features & (1 << VIRTIO_F_RING_PACKED) != 0;
         self.has_packed_rings.store(is_packed, Ordering::Relaxed);
         self.rings.iter().for_each(RingState::reset);

@@ -5,6 +5,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{channel, Receiver, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::JoinHandle;
@@ -28,14 +29,14 @@ use crate::bridge::{Bridge, Key};
 use crate::packet::{Op, Packet, SEQ_END_FLAGS};
 use crate::state::DeviceState;
 use crate::switch::Switch;
-use crate::update::Update;
+use crate::update::{Update, FEATURE_CHECKPOINT};
 use crate::HOST_CID;
 
 /// How many packets may wait for a guest before the switch takes no more from the others.
 const CONGESTED: usize = 512;
 
 /// `VIRTIO_VSOCK_EVENT_TRANSPORT_RESET`.
-const EVENT_TRANSPORT_RESET: u32 = 0;
+pub(crate) const EVENT_TRANSPORT_RESET: u32 = 0;
 
 /// `VIRTIO_F_INDIRECT_DESC`.
 pub const FEATURE_INDIRECT_DESC: u64 = 1 << VIRTIO_RING_F_INDIRECT_DESC;
@@ -160,6 +161,8 @@ pub(crate) struct Shared {
     pub(crate) changed: Condvar,
     pub(crate) switch: Arc<Switch>,
     pub(crate) features: u64,
+    /// Those that the driver has accepted.
+    pub(crate) accepted_features: AtomicU64,
     pub(crate) host_cid: u64,
     /// Wakes the thread of the virtqueues.
     wake: EventFd,
@@ -181,6 +184,10 @@ impl Shared {
 
     pub(crate) fn drain_wake(&self) {
         let _ = self.wake.read();
+    }
+
+    pub(crate) fn driver_knows_updates(&self) -> bool {
+        self.accepted_features.load(Ordering::Relaxed) & FEATURE_CHECKPOINT != 0
     }
 
     pub(crate) fn guest_cid(&self) -> u64 {
@@ -268,6 +275,7 @@ impl Device {
             changed: Condvar::new(),
             switch,
             features: config.features,
+            accepted_features: AtomicU64::new(0),
             host_cid: config.host_cid,
             wake: EventFd::new(EFD_NONBLOCK).context("making an eventfd")?,
             bridge: OnceLock::new(),

@@ -8,7 +8,7 @@ use anyhow::{ensure, Result};
 use serde_bytes::ByteBuf;
 
 use crate::bridge::Key;
-use crate::device::{lock, ForGuest, Shared, State};
+use crate::device::{lock, ForGuest, Shared, State, EVENT_TRANSPORT_RESET};
 use crate::packet::{Op, Packet};
 use crate::state::DeviceState;
 use crate::update::{Tuple, Update};
@@ -118,6 +118,9 @@ impl Shared {
             }
             return;
         };
+        if !self.driver_knows_updates() {
+            return self.begin_with_reset(before.guest_cid, inherited);
+        }
         let (between_guests, parked) = self.switch.guest_moved(before.guest_cid, self);
         let generation = inherited.generation.wrapping_add(1);
         let mut update = Update {
@@ -168,7 +171,32 @@ impl Shared {
                 }
             }
         }
-        for request in &inherited.requests {
+        self.repeat_requests(&inherited.requests);
+    }
+
+    /// Begins with a guest whose driver does not know updates of CIDs: its connections end, those that were restored too.
+    fn begin_with_reset(self: &Arc<Self>, old_cid: u64, inherited: DeviceState) {
+        if let Some(bridge) = self.bridge() {
+            bridge.forget_all();
+        }
+        self.switch.guest_lost_connections(old_cid, self);
+        {
+            let mut state = lock(&self.state);
+            state.before.clone_from(&inherited.addresses);
+            let events = inherited.events.iter().map(|event| event.to_vec());
+            state.events = events.collect();
+            state
+                .events
+                .push_back(EVENT_TRANSPORT_RESET.to_le_bytes().to_vec());
+            // Packets of connections that others make from now on wait for it.
+            state.update_parts = state.events.len();
+        }
+        self.repeat_requests(&inherited.requests);
+    }
+
+    /// Takes the guest's requests that its last device has not answered.
+    fn repeat_requests(self: &Arc<Self>, requests: &[ByteBuf]) {
+        for request in requests {
             if let Some(request) = Packet::from_bytes(request) {
                 self.switch.route(self, request);
             }
@@ -240,6 +268,8 @@ mod tests {
     use super::*;
     use crate::device::{Addresses, Device, DeviceConfig};
     use crate::switch::Switch;
+    use crate::update::FEATURE_CHECKPOINT;
+    use std::sync::atomic::Ordering;
 
     #[test]
     fn a_guest_that_only_passes_through_is_told_of_both_migrations() {
@@ -255,6 +285,8 @@ mod tests {
             generation: 7,
             ..DeviceState::default()
         };
+        let accepted = &device.shared.accepted_features;
+        accepted.store(FEATURE_CHECKPOINT, Ordering::Relaxed);
         device.shared.load(inherited).unwrap();
         let left = device.shared.save();
         let now = Addresses {

@@ -52,6 +52,22 @@ pub struct Packet {
 }
 
 impl Packet {
+    /// An RST from one end, CID and port, to the other.
+    pub fn rst(from: (u64, u32), to: (u64, u32), socket_type: u16) -> Packet {
+        Packet {
+            src_cid: from.0,
+            dst_cid: to.0,
+            src_port: from.1,
+            dst_port: to.1,
+            socket_type,
+            op: Op::RST,
+            flags: 0,
+            buf_alloc: 0,
+            fwd_cnt: 0,
+            payload: Vec::new(),
+        }
+    }
+
     /// The answer to this packet, from its receiver to its sender, without payload or credit.
     pub fn reply(&self, op: Op) -> Packet {
         Packet {

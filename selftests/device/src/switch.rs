@@ -190,6 +190,25 @@ impl Switch {
         (tuples, parked)
     }
 
+    /// A guest has moved to `device` without its connections, and has another CID perhaps. Those to other guests end.
+    pub(crate) fn guest_lost_connections(&self, old_cid: u64, device: &Shared) {
+        let mut state = lock(&self.state);
+        state.between_devices.remove(&old_cid);
+        if device.guest_cid() != old_cid {
+            state.devices.remove(&old_cid);
+        }
+        state.parked.retain(|packet| packet.dst_cid != old_cid);
+        let is_lost = |link: &Link| link.seen_by(old_cid).is_some();
+        let (lost, others): (Vec<_>, _) = state.links.iter().copied().partition(is_lost);
+        state.links = others;
+        for link in lost {
+            if let Some((own, other)) = link.seen_by(old_cid) {
+                // A peer that is between devices itself gets the RST there.
+                let _ = state.deliver(Packet::rst(own, other, link.socket_type));
+            }
+        }
+    }
+
     /// Sends on a packet that the guest of `from` has sent.
     ///
     /// A packet from a CID that is not the guest's is dropped; one to a CID that nobody has is answered with RST. Packets
@@ -267,19 +286,14 @@ mod tests {
     use super::*;
     use crate::device::{Device, DeviceConfig, ForGuest};
     use crate::packet::TYPE_STREAM;
+    use crate::update::FEATURE_CHECKPOINT;
+    use std::sync::atomic::Ordering;
 
     fn packet_between_guests() -> Packet {
         Packet {
-            src_cid: 9,
-            dst_cid: 4,
-            src_port: 1,
-            dst_port: 2,
-            socket_type: TYPE_STREAM,
             op: Op::RW,
-            flags: 0,
-            buf_alloc: 0,
-            fwd_cnt: 0,
             payload: vec![1],
+            ..Packet::rst((9, 1), (4, 2), TYPE_STREAM)
         }
     }
 
@@ -311,6 +325,8 @@ mod tests {
         assert_eq!(waiting(&peer), []);
 
         let destination = start(5);
+        let accepted = &destination.shared.accepted_features;
+        accepted.store(FEATURE_CHECKPOINT, Ordering::Relaxed);
         destination.shared.load(state).unwrap();
         destination.shared.begin();
         assert_eq!(waiting(&destination), [(Op::RW, 5)]);

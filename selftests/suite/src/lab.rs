@@ -171,17 +171,28 @@ impl<'a> Lab<'a> {
 
     /// Boots a guest that can move to other devices.
     pub fn moving_guest(&self) -> Result<MovingGuest> {
-        self.boot_moving(|_| Ok(()))
+        self.boot_moving(FEATURE_CHECKPOINT, |_| Ok(()))
+    }
+
+    /// The same, whose devices did not offer that its connections go on.
+    pub fn moving_guest_without_checkpoint(&self) -> Result<MovingGuest> {
+        self.boot_moving(0, |_| Ok(()))
     }
 
     /// The same, with a program in `/bin`.
     pub fn moving_guest_with_program(&self, program: &Path) -> Result<MovingGuest> {
-        self.boot_moving(|initramfs| initramfs.program_in_bin(program))
+        self.boot_moving(FEATURE_CHECKPOINT, |initramfs| {
+            initramfs.program_in_bin(program)
+        })
     }
 
-    fn boot_moving(&self, add: impl Fn(&mut Initramfs) -> Result<()>) -> Result<MovingGuest> {
+    fn boot_moving(
+        &self,
+        features: u64,
+        add: impl Fn(&mut Initramfs) -> Result<()>,
+    ) -> Result<MovingGuest> {
         let hardware = Hardware {
-            features: FEATURE_CHECKPOINT,
+            features,
             ..Hardware::default()
         };
         let mut relay = None;

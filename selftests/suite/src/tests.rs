@@ -87,7 +87,8 @@ tests! {
         request_before_event, silence_afterwards, zerocopy_completions, lingering_close, sockets_in_a_sockmap;
     checkpoint: connections_go_on, unlisted_are_reset, packets_that_wait, packets_before_and_after,
         behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates;
-    migration: traffic_goes_on, one_of_two_guests, bad_states, told_to_programs;
+    migration: traffic_goes_on, one_of_two_guests, without_the_extension, bad_states,
+        told_to_programs;
     recovery: resets_and_a_reboot, collector_dies, collector_in_a_guest;
     file_transfer: reset_and_migrations;
     units: migrated_service, journal_is_forwarded;

@@ -435,6 +435,30 @@ pub fn bad_states(lab: &Lab) -> Result<()> {
     )
 }
 
+/// A guest moves whose driver and device have not agreed on the extension: its connections are reset, those too that a program
+/// of the host has carried over, and its listener is reached at the new CID.
+pub fn without_the_extension(lab: &Lab) -> Result<()> {
+    let mut guest = lab.moving_guest_without_checkpoint()?;
+    let listener = guest.listener(PORT)?;
+    let (_left_behind, host_port) = guest.connect_from_host_port(PORT)?;
+    let fd = guest.accept(listener)?;
+    let reading = guest.start("recv", json!({"fd": fd, "len": 1}));
+    let cid = GUEST_CID + 1;
+    let destination = lab.destination(cid, HOST_CID)?;
+    guest.stop()?;
+    let state = guest.checkpoint(host_port, PORT)?;
+    let mut carried_over = restore(&destination.uds, &state)?;
+    guest.go_on(destination)?;
+    expect_errno("recv()", reading.wait::<String>(LIMIT), "ECONNRESET")?;
+    let read = carried_over.read(&mut [0])?;
+    expect_eq("what the host's program reads", read, 0)?;
+    expect_eq("the guest's CID", guest.local_cid()?, cid)?;
+    let stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    drop(stream);
+    expect_eq("the end of a new connection", guest.recv(fd, 1)?, String::new())
+}
+
 /// That a uevent and the device's folder in sysfs say the same of a migration.
 fn expect_told(guest: &Guest, uevents: i32, expected: &[(&str, &str)]) -> Result<()> {
     let told = guest.next_migration(uevents)?;
