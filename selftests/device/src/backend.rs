@@ -77,7 +77,7 @@ impl Backend {
     fn process_tx(&self, device: &Arc<Shared>, ring: &Ring<'_>) -> bool {
         let mut used = false;
         loop {
-            if lock(&device.state).hold_tx || device.switch.is_congested_for(device) {
+            if !device.takes_packets() {
                 return used;
             }
             let Some(buffer) = ring.pop() else {
@@ -97,7 +97,7 @@ impl Backend {
     /// Gives packets to the guest.
     fn process_rx(&self, ring: &Ring<'_>, state: &mut State) -> bool {
         let mut used = false;
-        while !state.hold_rx && state.update_parts == 0 && !state.for_guest.is_empty() {
+        while state.has_packets() {
             if let Some(ForGuest::Update(parts)) = state.for_guest.front_mut() {
                 let mut parts = std::mem::take(parts);
                 for part in &mut parts {
@@ -122,6 +122,7 @@ impl Backend {
                     let Some((packet, rest)) = packet.split_to_fit(buffer.room()) else {
                         // No packet fits, so the buffer goes back empty and the packet is lost.
                         ring.add_used(&buffer, 0);
+                        used = true;
                         continue;
                     };
                     if let Some(rest) = rest {
@@ -140,7 +141,7 @@ impl Backend {
     /// Gives events to the guest; one without a buffer waits.
     fn process_events(&self, device: &Shared, ring: &Ring<'_>, state: &mut State) -> bool {
         let mut used = false;
-        while !state.hold_events && !state.events.is_empty() {
+        while state.has_events() {
             let Some(buffer) = ring.pop() else {
                 break;
             };
@@ -193,13 +194,15 @@ impl Backend {
                     ring.interrupt()?;
                 }
             }
-            // Whatever the guest added before it knew that it has to notify is looked at now.
-            let mut more = false;
-            for ring in &rings {
-                more |= ring.enable_notification();
+            // Whatever the guest added before it knew that it has to notify is looked at now. That may be the buffer
+            // for a packet which found none above.
+            let available = std::array::from_fn(|queue| rings[queue].enable_notification());
+            if !goes_on(device, available) {
+                break;
             }
-            // Without progress, what is there waits for somebody else, who wakes this device.
-            if !more || used == [false; QUEUES] {
+            if used == [false; QUEUES] {
+                // Begun anew, so that the device can be stopped in between if the guest has broken a ring.
+                device.wake();
                 break;
             }
         }
@@ -208,6 +211,16 @@ impl Backend {
         }
         Ok(())
     }
+}
+
+/// Whether a device has something to do with the buffers that are available, queue by queue. The others wait for
+/// somebody else, who wakes the device.
+fn goes_on(device: &Arc<Shared>, available: [bool; QUEUES]) -> bool {
+    if available[TX] && device.takes_packets() {
+        return true;
+    }
+    let state = lock(&device.state);
+    (available[RX] && state.has_packets()) || (available[EVENT] && state.has_events())
 }
 
 fn packet_from_guest(device: &Arc<Shared>, packet: Packet) {

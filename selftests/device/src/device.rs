@@ -145,6 +145,16 @@ pub(crate) struct State {
 }
 
 impl State {
+    /// Whether there are packets, or an update, that the guest may get now.
+    pub(crate) fn has_packets(&self) -> bool {
+        !self.hold_rx && self.update_parts == 0 && !self.for_guest.is_empty()
+    }
+
+    /// Whether there are events that the guest may get now.
+    pub(crate) fn has_events(&self) -> bool {
+        !self.hold_events && !self.events.is_empty()
+    }
+
     /// Appends a packet, where it is not held back.
     pub(crate) fn push_packet(&mut self, packet: Packet) {
         let connection = (packet.src_cid, packet.src_port, packet.dst_port);
@@ -218,6 +228,12 @@ impl Shared {
 
     pub(crate) fn bridge(&self) -> Option<Arc<Bridge>> {
         self.bridge.get().cloned()
+    }
+
+    /// Whether packets are taken from the guest now. When that changes, the device is woken.
+    pub(crate) fn takes_packets(self: &Arc<Self>) -> bool {
+        let is_held = lock(&self.state).hold_tx;
+        !is_held && !self.switch.is_congested_for(self)
     }
 
     pub(crate) fn is_congested(&self) -> bool {

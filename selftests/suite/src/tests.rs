@@ -107,7 +107,7 @@ tests_on_packed_rings! {
     reset: new_cid, request_before_event;
     checkpoint: packets_before_and_after, behind_a_flood, again_and_again;
     sharing: fairness;
-    hardware: without_ring_features, platform_dma, mmio;
+    hardware: ring_sizes, without_ring_features, platform_dma, mmio;
     lifecycle: unbind_in_a_loop, hotplug, suspend;
     hostile: malformed_packets, forged_completions;
 }

@@ -16,6 +16,9 @@ use crate::Driver;
 /// The bound on receive buffers of Documentation/data-path.md.
 const MOST_POSTED: u16 = 512;
 
+/// How often data goes over a ring of one, where guest and device wait for each other with every packet.
+const EXCHANGES_ON_RING_OF_ONE: u32 = 5;
+
 /// Feature bit of virtio 6.
 const VIRTIO_F_ACCESS_PLATFORM: u32 = 33;
 
@@ -32,7 +35,14 @@ pub fn ring_sizes(lab: &Lab) -> Result<()> {
             ..Hardware::default()
         };
         let guest = lab.guest_on(&hardware)?;
-        exchange_over_the_bridge(&guest).with_context(|| format!("with {hardware:?}"))?;
+        let exchanges = if ring == 1 {
+            EXCHANGES_ON_RING_OF_ONE
+        } else {
+            1
+        };
+        for _ in 0..exchanges {
+            exchange_over_the_bridge(&guest).with_context(|| format!("with {hardware:?}"))?;
+        }
         if lab.driver == Driver::Rs {
             let (rx, _events) = guest.device.posted_buffers();
             ensure!(
