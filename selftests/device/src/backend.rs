@@ -161,7 +161,6 @@ impl Backend {
     }
 
     fn process_all(&self, device: &Arc<Shared>, vrings: &[Vring]) -> Result<()> {
-        let was_congested = device.is_congested();
         let rings: [Ring<'_>; QUEUES] = std::array::from_fn(|queue| self.ring(vrings, queue));
         loop {
             for ring in &rings {
@@ -206,7 +205,8 @@ impl Backend {
                 break;
             }
         }
-        if was_congested && !device.is_congested() {
+        let wakes_others = lock(&device.state).lets_others_go_on();
+        if wakes_others {
             device.switch.wake_all();
         }
         Ok(())

@@ -142,6 +142,8 @@ pub(crate) struct State {
     /// Buffers that the driver has posted and the device not used: receive queue, event queue.
     pub(crate) posted: (u16, u16),
     pub(crate) started: bool,
+    /// Whether another device has stopped taking packets because too many wait here.
+    pub(crate) others_wait: bool,
 }
 
 impl State {
@@ -153,6 +155,11 @@ impl State {
     /// Whether there are events that the guest may get now.
     pub(crate) fn has_events(&self) -> bool {
         !self.hold_events && !self.events.is_empty()
+    }
+
+    /// Whether others have to be woken: they wait for this device, and need not any more. It is said once.
+    pub(crate) fn lets_others_go_on(&mut self) -> bool {
+        self.for_guest.len() < CONGESTED && std::mem::take(&mut self.others_wait)
     }
 
     /// Appends a packet, where it is not held back.
@@ -236,8 +243,13 @@ impl Shared {
         !is_held && !self.switch.is_congested_for(self)
     }
 
+    /// Whether so many packets wait that others should take no more for a while. Whoever is told so is woken when that
+    /// has changed.
     pub(crate) fn is_congested(&self) -> bool {
-        lock(&self.state).for_guest.len() >= CONGESTED
+        let mut state = lock(&self.state);
+        let is_congested = state.for_guest.len() >= CONGESTED;
+        state.others_wait |= is_congested;
+        is_congested
     }
 
     /// Takes back the payload of a connection of the host, by the guest's and the host's port, that the guest has not

@@ -53,7 +53,7 @@ impl Shared {
         };
         let mut responses = Vec::new();
         self.switch.guest_leaves(now.guest_cid);
-        {
+        let wakes_others = {
             let mut state = lock(&self.state);
             state.stopped = true;
             saved.generation = state.generation;
@@ -80,6 +80,11 @@ impl Shared {
                 .for_guest
                 .extend(held.map(|packet| ByteBuf::from(packet.to_bytes())));
             self.changed.notify_all();
+            std::mem::take(&mut state.others_wait)
+        };
+        if wakes_others {
+            // What they send from now on is kept for the device that the guest moves to.
+            self.switch.wake_all();
         }
         // To the guest, these connections are not there yet: it gets its answer where it goes on.
         saved.requests = responses
