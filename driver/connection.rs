@@ -189,6 +189,8 @@ pub(crate) struct Connection {
     /// The guest's CID that the connection's peer knows; [`Address::CID_ANY`] before there is a connection. Changed
     /// with the socket's lock.
     guest_cid: Atomic<u32>,
+    /// How many transport resets there had been when it was asked for. Changed with the socket's lock.
+    resets_before: Atomic<u32>,
 }
 
 /// How many credit updates of a connection may wait for the device before the next one takes the place of them.
@@ -266,6 +268,7 @@ impl Connection {
                 waiting_updates: Atomic::new(0),
                 waiting,
                 guest_cid: Atomic::new(Address::CID_ANY),
+                resets_before: Atomic::new(0),
             }),
             GFP_KERNEL,
         )
@@ -279,6 +282,16 @@ impl Connection {
     /// Changes the guest's CID that the connection's packets have. Needs the socket's lock.
     pub(crate) fn set_guest_cid(&self, cid: Cid) {
         self.guest_cid.store(cid.get(), Relaxed);
+    }
+
+    /// Notes that the peer is asked for a connection, after so many transport resets. Needs the socket's lock.
+    pub(crate) fn note_request(&self, resets: u32) {
+        self.resets_before.store(resets, Relaxed);
+    }
+
+    /// How many transport resets there had been when the peer was asked for a connection.
+    pub(crate) fn resets_before(&self) -> u32 {
+        self.resets_before.load(Relaxed)
     }
 
     /// The packets that wait for room in the transmit virtqueue.

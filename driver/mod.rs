@@ -73,6 +73,8 @@ pub(crate) struct VsockDriver {
     /// How many buffers of the receive queue were handled since the device began, modulo 2^32. Changed with the rx
     /// mutex.
     rx_handled: Atomic<u32>,
+    /// How many transport resets there were, refused updates among them, modulo 2^32. Changed with the rx mutex.
+    resets: Atomic<u32>,
     /// How many migrations there were. Changed with the events mutex.
     migrations: Atomic<u64>,
     /// Whether an update of CIDs waits for packets to be handled. Changed with the rx mutex.
@@ -149,6 +151,7 @@ impl VsockDriver {
                 device <- new_mutex!(device::DeviceState::default(), "virtio_vsock_rs_device"),
                 rx <- new_mutex!(None, "virtio_vsock_rs_rx"),
                 rx_handled: Atomic::new(0),
+                resets: Atomic::new(0),
                 migrations: Atomic::new(0),
                 update_waits: Atomic::new(false),
                 tx <- tx::Tx::new(),

@@ -188,6 +188,7 @@ impl VsockDriver {
 
         let Some(flow) = self.flow(&header) else {
             self.statistics.dropped_cid.increment();
+            self.fail_attempt_of_before(&header);
             return;
         };
         if !self.socket_types().contains(header.socket_type) {
@@ -233,6 +234,38 @@ impl VsockDriver {
                 port: header.dst_port,
             },
         })
+    }
+
+    /// Lets an attempt to connect fail whose answer bears a CID that the guest had: the connection has ended with that, and
+    /// there will be no other answer.
+    fn fail_attempt_of_before(&self, header: &Header) {
+        let (Ok(source), Ok(destination)) = (
+            Cid::from_wire(header.src_cid),
+            Cid::guest_from_config(header.dst_cid),
+        ) else {
+            return;
+        };
+        if !matches!(header.op, Op::Response | Op::Rst) {
+            return;
+        }
+        let remote = Address {
+            cid: source.get(),
+            port: header.src_port,
+        };
+        let local = Address {
+            cid: destination.get(),
+            port: header.dst_port,
+        };
+        let Some(socket) = Socket::find_bound(local) else {
+            return;
+        };
+        let socket = socket.lock();
+        if protocol_state(socket.state()) == State::Connecting
+            && protocol_type(socket.kind()) == Some(header.socket_type)
+            && socket.accepts_source::<Self>(remote)
+        {
+            fail_connect(&socket, ConnectError::Refused);
+        }
     }
 
     /// Does what a packet means for the socket that it was found to be for.
@@ -287,17 +320,16 @@ impl VsockDriver {
                 socket.set_connected();
                 socket.insert_connected();
                 socket.state_change();
+                if connection.resets_before() != self.resets.load(Relaxed) {
+                    // The response may be of before the reset, and the connection have ended with that.
+                    self.probe(socket, connection);
+                }
             }
             Step::FailConnect { error, reply } => {
                 if reply {
                     self.send_reset_reply(header);
                 }
-                socket.set_state(SocketState::Closed);
-                let error = match error {
-                    ConnectError::Refused => ECONNRESET,
-                    ConnectError::Protocol => EPROTO,
-                };
-                socket.fail(error.into());
+                fail_connect(socket, error);
             }
             Step::Deliver => self.deliver(socket, connection, header, payload),
             Step::SendCredit => self.send_credit_update(socket, connection, true),
@@ -452,6 +484,16 @@ impl VsockDriver {
         socket.remove_from_tables();
         true
     }
+}
+
+/// Ends an attempt to connect.
+fn fail_connect(socket: &LockedSocket<'_>, error: ConnectError) {
+    socket.set_state(SocketState::Closed);
+    let error = match error {
+        ConnectError::Refused => ECONNRESET,
+        ConnectError::Protocol => EPROTO,
+    };
+    socket.fail(error.into());
 }
 
 /// The type that a socket's packets have; datagrams have none.

@@ -22,7 +22,10 @@ use crate::{
 };
 use kernel::{
     prelude::*,
-    sync::{atomic::Relaxed, Arc, ArcBorrow},
+    sync::{
+        atomic::{Acquire, Relaxed},
+        Arc, ArcBorrow,
+    },
     time::msecs_to_jiffies,
 };
 
@@ -71,6 +74,8 @@ impl Transport for VsockDriver {
     }
 
     fn connect(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) -> Result {
+        // Read before the request goes: a response to one of before a reset is never taken for one to a request of after it.
+        connection.note_request(self.resets.load(Acquire));
         self.send_control(socket, connection, Message::of(Op::Request))
     }
 

@@ -649,6 +649,23 @@ impl VsockDriver {
         connection.advertised();
     }
 
+    /// Sends a packet of a connection, whatever memory there is, which the device answers with RST where it does not have the
+    /// connection. Sleeps.
+    pub(crate) fn probe(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) {
+        // Without a device there is nobody to ask.
+        let Ok(header) = self.header(socket, &connection, Op::CreditUpdate, 0, 0) else {
+            return;
+        };
+        let packet = OutgoingPacket::outgoing_for_sure(
+            Some(socket),
+            &header.to_bytes(),
+            Outgoing::control(connection, true),
+        );
+        // Only the device can be missing.
+        let _ = self.transmit(packet);
+        connection.advertised();
+    }
+
     /// Sends a packet of no connection, whatever memory there is. Sleeps.
     pub(crate) fn send_for_sure(&self, header: &Header) {
         let packet = OutgoingPacket::outgoing_for_sure(

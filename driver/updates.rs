@@ -84,6 +84,8 @@ impl VsockDriver {
     ) {
         let is_refused = match updates.collector.add(part) {
             Collected::OfRefused => {
+                // Packets of before the update may have made connections since it was refused.
+                self.reset_all_connections();
                 self.reset_listed(part.tuples().flatten());
                 return;
             }
