@@ -71,9 +71,23 @@ pub enum Fault {
     ForgetsAnswers,
     /// D2: does not answer the tuples of an update that it refuses.
     LeavesRefusedUnanswered,
+    /// D2: keeps connections that were made since an update was refused of which more parts come.
+    KeepsConnectionsSinceRefusal,
+    /// D3: goes on with an update of which a part had come before a transport reset.
+    KeepsPartsAtReset,
+    /// Resets nothing at a transport reset.
+    KeepsConnectionsAtReset,
+    /// Does not read its CID at a transport reset.
+    KeepsCidAtReset,
+    /// D4: drops answers to attempts that bear an old CID.
+    DropsOldAnswers,
+    /// D10: takes any response for one of after a transport reset.
+    TrustsResponses,
     // Of the device
     /// V1: makes packets of after an update available before all of it is.
     PacketsOvertakeUpdates,
+    /// V1: makes packets of after a transport reset available before its event is.
+    PacketsOvertakeResets,
     /// `rx_used` is not what it should be.
     CountsNoBuffers,
     /// V3: drops packets with old addresses before the answer.
@@ -82,6 +96,10 @@ pub enum Fault {
     DropsOldRequests,
     /// V7: loses answers to requests that wait.
     ForgetsRequests,
+    /// Keeps its connections over a transport reset.
+    KeepsEndsAtReset,
+    /// V8: begins connections with addresses that others had.
+    ReusesAddresses,
     /// Does not carry over what was written and not made available.
     LosesWhatWaits,
 }
@@ -92,7 +110,8 @@ pub struct Scenario {
     /// Connections that there are in the beginning.
     connections: u8,
     migrations: u8,
-    /// Whether a migration changes CIDs.
+    resets: u8,
+    /// Whether a migration changes CIDs, and a transport reset the guest's.
     moves: bool,
     /// Whether the guest may lack the memory for an update, and before the last migration for telling the host of the end of
     /// a connection.
@@ -117,6 +136,7 @@ impl Default for Scenario {
         Self {
             connections: 1,
             migrations: 1,
+            resets: 0,
             moves: true,
             lacks_memory: false,
             guest_bytes: 0,
@@ -164,6 +184,7 @@ pub enum Action {
     HostConnects(u32),
     /// The ends that are listed.
     Migrate(Vec<u8>),
+    Reset,
 }
 
 impl World {
@@ -192,7 +213,7 @@ impl Model for Scenario {
         let (guest_cid, host_cid) = (cid(GUEST_CID), cid(HOST_CID));
         let mut world = World {
             driver: Driver::new(guest_cid),
-            device: Device::new(guest_cid, host_cid, self.migrations),
+            device: Device::new(guest_cid, host_cid, self.migrations, self.resets),
             queues: Queues::default(),
             guest_connects: self.guest_connects,
             host_connects: self.host_connects,
@@ -268,6 +289,9 @@ impl Model for Scenario {
                 actions.push(Action::Migrate(listed.map(|at| listable[at]).collect()));
             }
         }
+        if world.device.resets > 0 {
+            actions.push(Action::Reset);
+        }
     }
 
     fn next_state(&self, world: &World, action: Action) -> Option<World> {
@@ -280,7 +304,7 @@ impl Model for Scenario {
             ..
         } = &mut world;
         let result = match action {
-            Action::Driver(step) => driver.act(step, queues, device.guest_cid, self),
+            Action::Driver(step) => driver.act(step, queues, device.configuration(), self),
             Action::Device(step) => device.act(step, queues, self),
             Action::GuestWrites(at) => {
                 driver.write(at, queues, self);
@@ -322,6 +346,10 @@ impl Model for Scenario {
             }
             Action::Migrate(listed) => {
                 device.migrate(&listed, self);
+                Ok(())
+            }
+            Action::Reset => {
+                device.reset(self);
                 Ok(())
             }
         };
@@ -387,11 +415,12 @@ impl Model for Scenario {
                 |scenario: &Scenario, world: &World| {
                     world.device.migrations == 0
                         && world.is_settled(scenario)
-                        && world.pairs().any(|(socket, end)| {
-                            socket.id < scenario.connections
-                                && socket.sent == scenario.guest_bytes
-                                && end.sent == scenario.host_bytes
-                        })
+                        && (scenario.connections == 0
+                            || world.pairs().any(|(socket, end)| {
+                                socket.id < scenario.connections
+                                    && socket.sent == scenario.guest_bytes
+                                    && end.sent == scenario.host_bytes
+                            }))
                 },
             ),
             Property::sometimes("attempts succeed", |scenario: &Scenario, world: &World| {
@@ -399,8 +428,10 @@ impl Model for Scenario {
                 let made = made.filter(|socket| socket.id >= scenario.connections);
                 let attempts = scenario.guest_connects + scenario.host_connects;
                 world.device.migrations == 0
+                    && world.device.resets == 0
                     && world.is_settled(scenario)
-                    && made.count() == usize::from(attempts)
+                    // The host has two ports to connect from.
+                    && made.count() == usize::from(attempts.min(2))
             }),
         ]
     }
@@ -465,6 +496,70 @@ fn no_memory() -> Scenario {
         migrations: 2,
         lacks_memory: true,
         ..Scenario::default()
+    }
+}
+
+fn same_cids(scenario: Scenario) -> Scenario {
+    Scenario {
+        moves: false,
+        ..scenario
+    }
+}
+
+fn resets() -> Scenario {
+    Scenario {
+        resets: 1,
+        ..streams()
+    }
+}
+
+/// Two connections whose updates have two parts, of which a reset may take the place of the second.
+fn resets_amid_parts() -> Scenario {
+    Scenario {
+        migrations: 2,
+        resets: 1,
+        host_bytes: 0,
+        ..two_streams()
+    }
+}
+
+fn attempts_and_reset() -> Scenario {
+    Scenario {
+        resets: 1,
+        guest_bytes: 0,
+        ..attempts()
+    }
+}
+
+/// Attempts of the guest, among them ones whose answers bear a CID that the guest never reads.
+fn two_resets() -> Scenario {
+    Scenario {
+        connections: 0,
+        resets: 2,
+        guest_connects: 2,
+        guest_bytes: 1,
+        ..Scenario::default()
+    }
+}
+
+/// Attempts of the host, perhaps from the same port, with the same CIDs.
+fn attempts_of_the_host() -> Scenario {
+    Scenario {
+        connections: 0,
+        resets: 1,
+        moves: false,
+        host_connects: 3,
+        guest_bytes: 1,
+        ..Scenario::default()
+    }
+}
+
+fn attempt_without_memory() -> Scenario {
+    Scenario {
+        connections: 1,
+        migrations: 2,
+        guest_connects: 1,
+        ..no_memory()
     }
 }
 
@@ -539,6 +634,74 @@ fn refused_updates_end_connections() {
     explore("no memory", no_memory());
 }
 
+/// A transport reset before, between or after two migrations, perhaps while an update is on its way.
+#[test]
+fn resets_end_streams() {
+    explore("streams, a reset", resets());
+}
+
+#[test]
+fn resets_end_streams_where_no_cid_changes() {
+    explore("streams, a reset, same CIDs", same_cids(resets()));
+}
+
+#[test]
+fn resets_end_updates_that_have_begun() {
+    explore("two streams, a reset", resets_amid_parts());
+}
+
+#[test]
+fn resets_end_updates_that_have_begun_where_no_cid_changes() {
+    explore(
+        "two streams, a reset, same CIDs",
+        same_cids(resets_amid_parts()),
+    );
+}
+
+#[test]
+fn attempts_are_answered_over_a_reset() {
+    explore("attempts, a reset", attempts_and_reset());
+}
+
+#[test]
+fn attempts_are_answered_over_a_reset_where_no_cid_changes() {
+    explore(
+        "attempts, a reset, same CIDs",
+        same_cids(attempts_and_reset()),
+    );
+}
+
+#[test]
+fn attempts_are_answered_over_two_resets() {
+    explore("attempts of the guest, two resets", two_resets());
+}
+
+#[test]
+fn attempts_are_answered_over_two_resets_where_no_cid_changes() {
+    explore(
+        "attempts of the guest, two resets, same CIDs",
+        same_cids(two_resets()),
+    );
+}
+
+#[test]
+fn attempts_of_the_host_are_told_apart() {
+    explore("attempts of the host", attempts_of_the_host());
+}
+
+#[test]
+fn attempts_are_answered_without_memory_for_an_update() {
+    explore("an attempt, no memory", attempt_without_memory());
+}
+
+#[test]
+fn attempts_are_answered_without_memory_for_an_update_where_no_cid_changes() {
+    explore(
+        "an attempt, no memory, same CIDs",
+        same_cids(attempt_without_memory()),
+    );
+}
+
 /// That the checker finds what a fault leads to.
 fn finds(fault: Fault, scenario: Scenario) {
     let scenario = Scenario {
@@ -585,10 +748,20 @@ faults_are_found! {
     finds_missing_connections_that_are_not_answered: LeavesMissingUnanswered in no_memory(),
     finds_answers_forgotten: ForgetsAnswers in no_memory(),
     finds_refused_tuples_that_are_not_answered: LeavesRefusedUnanswered in no_memory(),
+    finds_connections_that_outlive_a_refusal: KeepsConnectionsSinceRefusal in same_cids(attempt_without_memory()),
+    finds_parts_kept_over_a_reset: KeepsPartsAtReset in resets_amid_parts(),
+    finds_connections_kept_over_a_reset: KeepsConnectionsAtReset in resets(),
+    finds_a_cid_kept_over_a_reset: KeepsCidAtReset in resets(),
+    finds_old_answers_dropped: DropsOldAnswers in attempts_and_reset(),
+    finds_old_responses_trusted: TrustsResponses in same_cids(attempts_and_reset()),
     finds_packets_that_overtake_an_update: PacketsOvertakeUpdates in attempts(),
     finds_a_wrong_count_of_buffers: CountsNoBuffers in streams(),
     finds_old_packets_dropped_before_the_answer: DropsOldPackets in streams(),
     finds_old_requests_dropped: DropsOldRequests in attempts(),
     finds_requests_forgotten_by_a_migration: ForgetsRequests in attempts(),
+    finds_requests_forgotten_by_a_reset: ForgetsRequests in two_resets(),
+    finds_packets_that_overtake_a_reset: PacketsOvertakeResets in attempts_and_reset(),
+    finds_ends_kept_over_a_reset: KeepsEndsAtReset in resets(),
+    finds_addresses_used_again: ReusesAddresses in attempts_of_the_host(),
     finds_written_bytes_lost: LosesWhatWaits in streams(),
 }

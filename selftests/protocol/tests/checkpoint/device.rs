@@ -3,7 +3,7 @@
 //! The device with the host's ends of connections, one after the other migrations: before a migration it is the old
 //! host's, after it the new one's, to which the listed ends were carried.
 
-use super::driver::Queues;
+use super::driver::{Configuration, Queues};
 use super::{cid, packet, Fault, Packet, Scenario, SERVICE};
 use std::collections::VecDeque;
 use vsock_protocol::cid::Cid;
@@ -92,6 +92,8 @@ enum ForGuest {
     Packet(Packet),
     /// Parts of an update.
     Parts(VecDeque<Vec<u8>>),
+    /// That of a transport reset.
+    ResetEvent,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -106,7 +108,13 @@ pub struct Device {
     /// `rx_used` of the update whose first part was made available.
     stamp: Option<u16>,
     pub migrations: u8,
+    pub resets: u8,
     generation: u32,
+    /// Whether an update has changed `guest_cid` since a transport reset.
+    is_ahead: bool,
+    /// The host's and the guest's port of connections that have ended with the guest's present CID, and whose packets may be
+    /// on their way.
+    not_free: Vec<(u32, u32)>,
 }
 
 /// What the device may do next, besides what programs of the host make it do.
@@ -114,14 +122,14 @@ pub struct Device {
 pub enum DeviceStep {
     /// Takes a packet of the driver.
     Take,
-    /// Makes the next packet or part of an update available.
+    /// Makes the next packet or event available.
     Put,
-    /// Makes a packet available that is behind an update.
-    PutBehindUpdate,
+    /// Makes a packet available that is behind an event.
+    PutBehindEvent,
 }
 
 impl Device {
-    pub fn new(guest_cid: Cid, host_cid: Cid, migrations: u8) -> Self {
+    pub fn new(guest_cid: Cid, host_cid: Cid, migrations: u8, resets: u8) -> Self {
         Self {
             guest_cid,
             host_cid,
@@ -131,7 +139,17 @@ impl Device {
             rx_used: 0,
             stamp: None,
             migrations,
+            resets,
             generation: 0,
+            is_ahead: false,
+            not_free: Vec::new(),
+        }
+    }
+
+    pub fn configuration(&self) -> Configuration {
+        Configuration {
+            guest_cid: self.guest_cid,
+            is_ahead: self.is_ahead,
         }
     }
 
@@ -142,13 +160,17 @@ impl Device {
         match self.for_guest.front() {
             None => {}
             Some(ForGuest::Packet(_)) => steps.push(DeviceStep::Put),
-            Some(ForGuest::Parts(_)) => {
+            Some(event) => {
                 if queues.events.len() < scenario.event_buffers {
                     steps.push(DeviceStep::Put);
                 }
-                let overtakes = scenario.fault == Some(Fault::PacketsOvertakeUpdates);
+                let overtaken = match event {
+                    ForGuest::ResetEvent => Fault::PacketsOvertakeResets,
+                    _ => Fault::PacketsOvertakeUpdates,
+                };
+                let overtakes = scenario.fault == Some(overtaken);
                 if overtakes && matches!(self.for_guest.get(1), Some(ForGuest::Packet(_))) {
-                    steps.push(DeviceStep::PutBehindUpdate);
+                    steps.push(DeviceStep::PutBehindEvent);
                 }
             }
         }
@@ -181,9 +203,13 @@ impl Device {
                         self.stamp = None;
                     }
                 }
+                Some(ForGuest::ResetEvent) => {
+                    self.for_guest.pop_front();
+                    queues.events.push(0_u32.to_le_bytes().to_vec());
+                }
                 None => {}
             },
-            DeviceStep::PutBehindUpdate => self.put_packet(1, queues),
+            DeviceStep::PutBehindEvent => self.put_packet(1, queues),
         }
         Ok(())
     }
@@ -234,12 +260,11 @@ impl Device {
 
     /// Whether no connection has these ports and the present addresses.
     pub fn is_free(&self, ports: (u32, u32)) -> bool {
-        self.ends
-            .iter()
-            .all(|end| (end.host_port, end.guest_port) != ports)
+        let is_used = |end: &End| (end.host_port, end.guest_port) == ports;
+        !self.ends.iter().any(is_used) && !self.not_free.contains(&ports)
     }
 
-    // Migration
+    // Migrations and resets
 
     /// The ends that may be listed: those of which the guest was told.
     pub fn listable(&self) -> Vec<u8> {
@@ -264,9 +289,10 @@ impl Device {
         if scenario.moves {
             self.guest_cid = cid(before.0.get() + 1);
             self.host_cid = cid(before.1.get() + 1);
+            self.is_ahead = scenario.resets > self.resets;
         }
         self.old_guest_cids.push(before.0);
-        self.ends.retain(|end| listed.contains(&end.id));
+        self.end_connections(|end| !listed.contains(&end.id), scenario);
         let answers = self.take_back_packets(scenario);
         let tuples: Vec<_> = self
             .ends
@@ -288,6 +314,38 @@ impl Device {
             answer.header.dst_cid = self.guest_cid.get().into();
             self.send(answer);
         }
+    }
+
+    /// Ends all connections. What was not made available of an update is not made available any more.
+    pub fn reset(&mut self, scenario: &Scenario) {
+        self.resets -= 1;
+        self.old_guest_cids.push(self.guest_cid);
+        if scenario.moves {
+            self.guest_cid = cid(self.guest_cid.get() + 1);
+        }
+        self.is_ahead = false;
+        if scenario.fault != Some(Fault::KeepsEndsAtReset) {
+            self.end_connections(|_| true, scenario);
+        }
+        let answers = self.take_back_packets(scenario);
+        self.for_guest
+            .retain(|waiting| !matches!(waiting, ForGuest::Parts(_)));
+        self.stamp = None;
+        self.for_guest.push_back(ForGuest::ResetEvent);
+        for mut answer in answers {
+            answer.header.dst_cid = self.guest_cid.get().into();
+            self.send(answer);
+        }
+    }
+
+    /// Ends connections; the programs of the host learn of it.
+    fn end_connections(&mut self, is_over: impl Fn(&End) -> bool, scenario: &Scenario) {
+        if !scenario.moves && scenario.fault != Some(Fault::ReusesAddresses) {
+            let over = self.ends.iter().filter(|end| is_over(end));
+            self.not_free
+                .extend(over.map(|end| (end.host_port, end.guest_port)));
+        }
+        self.ends.retain(|end| !is_over(end));
     }
 
     /// Takes back the packets that were not made available: what the ends have written is sent later. Returns the answers
@@ -425,6 +483,8 @@ impl Device {
         match step(end.state, 0, &header) {
             Step::Establish => {
                 end.state = State::Established;
+                // The driver has had the request, and with it all that came before.
+                self.not_free.clear();
                 if packet.of != Some(end.id) {
                     return Err("a response to another attempt of the host");
                 }

@@ -27,6 +27,8 @@ pub struct Socket {
     pub sent: u8,
     pub received: u8,
     pub is_closed: bool,
+    /// How many transport resets there had been when its request was made.
+    resets: u8,
     /// What waits for room in the transmit queue; see driver/backlog.rs.
     waiting: Vec<Packet>,
     before: Option<Packet>,
@@ -47,6 +49,7 @@ impl Socket {
             sent: 0,
             received: 0,
             is_closed: false,
+            resets: 0,
             waiting: Vec::new(),
             before: None,
             cids: None,
@@ -100,7 +103,20 @@ pub struct Driver {
     turns: Vec<Turn>,
     /// A request whose addresses are made, and which is not given to the device yet.
     pub prepared: Option<(u8, Packet)>,
+    /// How many transport resets there were, refused updates among them.
+    resets: u8,
+    /// Updates that were refused without need.
     pub refused: u8,
+    /// Whether the CID was read when it had changed once more already, so that the updates that say so are refused.
+    has_read_ahead: bool,
+}
+
+/// What the configuration space says.
+#[derive(Clone, Copy, Debug)]
+pub struct Configuration {
+    pub guest_cid: Cid,
+    /// Whether it is not that of the last transport reset any more. Only the oracle knows.
+    pub is_ahead: bool,
 }
 
 /// What the driver may do next, besides what applications make it do.
@@ -141,7 +157,9 @@ impl Driver {
             sockets: Vec::new(),
             turns: Vec::new(),
             prepared: None,
+            resets: 0,
             refused: 0,
+            has_read_ahead: false,
         }
     }
 
@@ -195,7 +213,7 @@ impl Driver {
         &mut self,
         step: DriverStep,
         queues: &mut Queues,
-        configured_cid: Cid,
+        configuration: Configuration,
         scenario: &Scenario,
     ) -> Result<(), &'static str> {
         match step {
@@ -207,19 +225,27 @@ impl Driver {
                 } else {
                     let event = queues.events.remove(0);
                     let event = Event::parse(&event).map_err(|_| "no event")?;
+                    if event == Event::TransportReset {
+                        self.has_read_ahead = configuration.is_ahead;
+                        if scenario.fault != Some(Fault::KeepsPartsAtReset) {
+                            self.updates.take(&event);
+                        }
+                        self.transport_reset(configuration, scenario);
+                        return Ok(());
+                    }
                     self.updates.take(&event)
                 };
-                self.carry_out(effects, queues, configured_cid, scenario);
+                self.carry_out(effects, queues, configuration, scenario);
             }
             DriverStep::EventWithoutMemory => {
                 let event = queues.events.remove(0);
                 let event = Event::parse(&event).map_err(|_| "no event")?;
                 let effects = self.updates.take_with_memory(&event, false);
-                self.carry_out(effects, queues, configured_cid, scenario);
+                self.carry_out(effects, queues, configuration, scenario);
             }
             DriverStep::RefuseWaiting => {
                 let effects = self.updates.refuse_waiting();
-                self.carry_out(effects, queues, configured_cid, scenario);
+                self.carry_out(effects, queues, configuration, scenario);
             }
             DriverStep::Take => self.in_hand = Some(queues.rx.remove(0)),
             DriverStep::Receive => {
@@ -236,17 +262,19 @@ impl Driver {
         &mut self,
         effects: Vec<Effect>,
         queues: &mut Queues,
-        configured_cid: Cid,
+        configuration: Configuration,
         scenario: &Scenario,
     ) {
         for effect in effects {
             match effect {
                 Effect::TransportReset => {
-                    self.refused += 1;
-                    self.guest_cid = configured_cid;
-                    let connected: Vec<_> = self.connected().collect();
-                    connected.into_iter().for_each(|id| self.forget(id));
-                    self.readdress_requests();
+                    self.refused += u8::from(!self.has_read_ahead);
+                    self.transport_reset(configuration, scenario);
+                }
+                Effect::ResetAgain => {
+                    if scenario.fault != Some(Fault::KeepsConnectionsSinceRefusal) {
+                        self.reset_connections();
+                    }
                 }
                 Effect::Answer(tuple) => {
                     if scenario.fault != Some(Fault::LeavesRefusedUnanswered) {
@@ -264,6 +292,22 @@ impl Driver {
                 }
             }
         }
+    }
+
+    fn transport_reset(&mut self, configuration: Configuration, scenario: &Scenario) {
+        self.resets += 1;
+        if scenario.fault != Some(Fault::KeepsCidAtReset) {
+            self.guest_cid = configuration.guest_cid;
+        }
+        if scenario.fault != Some(Fault::KeepsConnectionsAtReset) {
+            self.reset_connections();
+        }
+        self.readdress_requests();
+    }
+
+    fn reset_connections(&mut self) {
+        let connected: Vec<_> = self.connected().collect();
+        connected.into_iter().for_each(|id| self.forget(id));
     }
 
     fn connected(&self) -> impl Iterator<Item = u8> + '_ {
@@ -452,6 +496,7 @@ impl Driver {
     pub fn prepare_request(&mut self, id: u8, host_cid: Cid, port: u32, scenario: &Scenario) {
         let (cids, ports) = ((self.guest_cid, host_cid), (port, 100 + u32::from(id)));
         let mut socket = Socket::new(id, State::Connecting, cids, ports, scenario.window);
+        socket.resets = self.resets;
         let mut request = packet(socket.header(Op::Request, self.guest_cid), None);
         request.of = Some(id);
         self.sockets.push(socket);
@@ -473,13 +518,21 @@ impl Driver {
         scenario: &Scenario,
     ) -> Result<(), &'static str> {
         let header = packet.header;
-        if header.dst_cid != u64::from(self.guest_cid.get()) {
-            return Ok(());
-        }
+        let is_ours = header.dst_cid == u64::from(self.guest_cid.get());
         let at = self.sockets.iter().position(|socket| {
             (socket.host_port, socket.guest_port) == (header.src_port, header.dst_port)
                 && u64::from(socket.host_cid.get()) == header.src_cid
         });
+        if !is_ours {
+            let is_answer = matches!(header.op, Op::Response | Op::Rst);
+            if let Some(socket) = at.map(|at| &self.sockets[at]) {
+                let fails = socket.state == State::Connecting && is_answer;
+                if fails && scenario.fault != Some(Fault::DropsOldAnswers) {
+                    self.forget(socket.id);
+                }
+            }
+            return Ok(());
+        }
         let Some(at) = at else {
             let listens = header.dst_port == LISTENER;
             let state = if listens {
@@ -505,6 +558,10 @@ impl Driver {
                 socket.guest_cid = self.guest_cid;
                 if of != Some(id) {
                     return Err("a response to another attempt");
+                }
+                let is_of_before = socket.resets != self.resets;
+                if is_of_before && scenario.fault != Some(Fault::TrustsResponses) {
+                    self.send(id, Op::CreditUpdate, 0, queues, scenario);
                 }
             }
             Step::FailConnect { reply, .. } => {

@@ -19,6 +19,8 @@ pub struct Updates {
 pub enum Effect {
     /// All connections are reset, and the guest's CID is that of the configuration space.
     TransportReset,
+    /// All connections are reset that there are again since an update was refused.
+    ResetAgain,
     /// There is no connection for this tuple, so that RST answers it.
     Answer(Tuple),
     /// The update is applied with this list, which is made for `find()`.
@@ -46,7 +48,11 @@ impl Updates {
                 self.tuples.extend(listed);
                 Vec::new()
             }
-            Collected::OfRefused => listed.map(Effect::Answer).collect(),
+            Collected::OfRefused => {
+                let mut effects = vec![Effect::ResetAgain];
+                effects.extend(listed.map(Effect::Answer));
+                effects
+            }
             Collected::Taken | Collected::Refused => {
                 self.collector.refuse(part);
                 let mut effects = self.refuse();

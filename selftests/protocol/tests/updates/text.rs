@@ -82,6 +82,7 @@ impl Driver {
         for effect in effects {
             match effect {
                 Effect::TransportReset => self.guest.reset_all(configured_cid),
+                Effect::ResetAgain => self.guest.connections.clear(),
                 Effect::Answer(tuple) => self.send(&tuple.reset(self.cid())),
                 Effect::Apply(update, mut tuples) => {
                     self.guest.cid = update.new_guest_cid.get().into();
@@ -278,11 +279,11 @@ impl Text {
         }
     }
 
-    /// Answers all that came by RST, and resets all connections where the CID in the configuration space is given.
+    /// Resets all connections and answers all that came by RST. The guest's CID is that in the configuration space where it
+    /// is given.
     fn refuse(&mut self, configured_cid: Option<u64>) {
-        if let Some(cid) = configured_cid {
-            self.guest.reset_all(cid);
-        }
+        self.guest
+            .reset_all(configured_cid.unwrap_or(self.guest.cid));
         for tuple in self.parts.drain(..).flat_map(|part| part.tuples) {
             self.guest.answer(RST, tuple.new, tuple.socket_type);
         }
