@@ -82,11 +82,12 @@ tests! {
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,
         updates_are_few, no_updates_at_the_end, low_water_mark, message_below_the_mark, ioctls,
         epoll_edges, buffer_size_limits;
-    reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, repeated,
+    reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, attempts, repeated,
         every_blocked_reader, reader_with_a_part, every_blocked_writer, so_error, half_closed, accept_queue,
         request_before_event, silence_afterwards, zerocopy_completions, lingering_close, sockets_in_a_sockmap;
     checkpoint: connections_go_on, unlisted_are_reset, packets_that_wait, packets_before_and_after,
-        behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates;
+        behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates,
+        rest_of_a_refused_update;
     migration: traffic_goes_on, one_of_two_guests, without_the_extension, bad_states,
         told_to_programs;
     recovery: resets_and_a_reboot, collector_dies, collector_in_a_guest;

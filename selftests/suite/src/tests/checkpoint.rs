@@ -637,3 +637,44 @@ pub fn refused_updates(lab: &Lab) -> Result<()> {
     }
     Ok(())
 }
+
+/// More comes of a refused update after a response of before it has made a connection that it lists.
+pub fn rest_of_a_refused_update(lab: &Lab) -> Result<()> {
+    let guest = guest(lab)?;
+    let mut peer = Peer::watch(&guest);
+    peer.set_cids(OLD_HOST, OLD_GUEST);
+    let made = guest.socket(STREAM)?;
+    let connecting = guest.start_connect(made, OLD_HOST as u32, HOST_PORT);
+    let request = peer.expect(Op::REQUEST)?;
+    peer.set_ports(HOST_PORT, request.src_port);
+    let refused = Update {
+        new_guest_cid: OLD_GUEST,
+        ..update(Vec::new())
+    };
+    let listed = |host_port| Tuple {
+        host_new_cid: OLD_HOST,
+        guest_port: request.src_port,
+        ..tuple(host_port)
+    };
+    // The first part is missing.
+    let part = |first, tuple| vec![refused.part(3, first, 1, &[tuple])];
+    guest
+        .device
+        .send_update_parts(part(1, listed(HOST_PORT + 1)));
+    expect_eq(
+        "the port in the answer",
+        peer.expect(Op::RST)?.dst_port,
+        HOST_PORT + 1,
+    )?;
+    peer.send(Op::RESPONSE);
+    connecting.wait::<()>(LIMIT).context("connect()")?;
+    peer.expect(Op::CREDIT_UPDATE)?;
+    guest.device.send_update_parts(part(2, listed(HOST_PORT)));
+    expect_eq(
+        "the port in the answer",
+        peer.expect(Op::RST)?.dst_port,
+        HOST_PORT,
+    )?;
+    expect_errno("recv()", guest.recv(made, 1), "ECONNRESET")?;
+    expect_eq("refused updates", guest.counter("refused_updates")?, 1)
+}

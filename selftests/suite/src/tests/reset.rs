@@ -575,6 +575,53 @@ pub fn late_rst_does_not_hide_it(lab: &Lab) -> Result<()> {
     expect_reset(&guest, fd)
 }
 
+/// Attempts to connect that are under way, whose answer of before comes after the event.
+pub fn attempts(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let mut peer = Peer::watch(&guest);
+    let begin = |peer: &mut Peer| -> Result<_> {
+        let fd = guest.socket(STREAM)?;
+        let connecting = guest.start_connect(fd, HOST_CID as u32, PORT);
+        let request = peer.find(Op::REQUEST)?;
+        peer.set_ports(PORT, request.src_port);
+        Ok((fd, connecting))
+    };
+
+    // An answer to another CID is of a connection that has ended: there will be no other.
+    for (answer, cid) in [(Op::RESPONSE, GUEST_CID), (Op::RST, GUEST_CID + 1)] {
+        let (fd, connecting) = begin(&mut peer)?;
+        guest.device.transport_reset(u64::from(cid + 1));
+        wait_for_cid(&guest, cid + 1)?;
+        peer.set_cids(HOST_CID, u64::from(cid));
+        peer.send(answer);
+        expect_errno("connect()", connecting.wait::<()>(LIMIT), "ECONNRESET")?;
+        guest.close(fd)?;
+    }
+
+    // With the same CID it may be of after the event: the peer says whether there is a connection.
+    let cid = u64::from(GUEST_CID + 2);
+    peer.set_cids(HOST_CID, cid);
+    for is_there in [true, false] {
+        let (fd, connecting) = begin(&mut peer)?;
+        let resets = guest.counter("transport_resets")?;
+        guest.device.transport_reset(cid);
+        guest.wait_counter("transport_resets", resets + 1)?;
+        peer.send(Op::RESPONSE);
+        connecting.wait::<()>(LIMIT).context("connect()")?;
+        peer.expect(Op::CREDIT_UPDATE)?;
+        let read = if is_there {
+            peer.send_payload(b"hello");
+            "hello"
+        } else {
+            peer.send(Op::RST);
+            ""
+        };
+        expect_eq("recv()", guest.recv(fd, 5)?, read.to_owned())?;
+        guest.close(fd)?;
+    }
+    Ok(())
+}
+
 /// Many resets in a row, with connections in between and several events waiting at once.
 pub fn repeated(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
