@@ -342,7 +342,7 @@ int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb, unsigned int le
 
 struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name)
 {
-	return alloc_workqueue("%s", WQ_PERCPU, 0, name);
+	return alloc_workqueue("%s", WQ_PERCPU | WQ_HIGHPRI, 0, name);
 }
 
 bool vsock_glue_ratelimit(void)

@@ -21,7 +21,8 @@ unsafe impl Send for OwnedQueue {}
 unsafe impl Sync for OwnedQueue {}
 
 impl OwnedQueue {
-    /// Makes a workqueue that runs work on the CPU which queued it.
+    /// Makes a workqueue that runs work on the CPU which queued it, before the programs there. Other network devices do so in
+    /// softirqs.
     pub(crate) fn new(name: &CStr) -> Result<Self> {
         // SAFETY: `name` is a C string, which the function copies.
         let queue = unsafe { bindings::vsock_glue_alloc_workqueue(name.as_char_ptr()) };

@@ -111,10 +111,13 @@ fn show(env: &Env) -> Result<Observed> {
         expect_eq("a new connection", observed.reconnect.as_str(), "accepted")?;
         Ok(((), String::new()))
     })?;
-    let mut transfer = step("vsock-forwarder sends a file that grows to the host", || {
-        let transfer = FileTransfer::begin(&lab, &guest)?;
-        Ok((transfer, String::new()))
-    })?;
+    let mut transfer = step(
+        "vsock-forwarder sends a file that grows to the host",
+        || {
+            let transfer = FileTransfer::begin(&lab, &guest)?;
+            Ok((transfer, String::new()))
+        },
+    )?;
     let cid = NEW_CID + 1;
     let reset = step("reset the device once more", || {
         let status = transfer.reset(&mut guest, cid)?;

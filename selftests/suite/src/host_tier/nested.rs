@@ -224,7 +224,7 @@ impl NestedHost {
         let script = format!(
             r#"rm -f {status} && cat >{shell} <<'END'
             {FIND_PORT}
-            (qemu-system-x86_64 -accel kvm -cpu host -smp 2 -m 512 \
+            (qemu-system-x86_64 -accel kvm -cpu host -smp 1 -m 512 \
                 -nodefaults -no-user-config -display none -no-reboot -no-shutdown \
                 -kernel /vmlinuz -initrd /{initramfs} -append "console=ttyS0 panic=-1 {DUMP_ON_NMI}" \
                 -add-fd fd=3,set=1 -add-fd fd=4,set=2 \

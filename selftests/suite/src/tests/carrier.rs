@@ -80,7 +80,8 @@ impl Desk {
             let mut was_idle = true;
             match self.listener.accept() {
                 Ok((of_guest, _)) => {
-                    self.connections.push(Carried::new(of_guest, &self.program)?);
+                    self.connections
+                        .push(Carried::new(of_guest, &self.program)?);
                     was_idle = false;
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {}

@@ -456,7 +456,11 @@ pub fn without_the_extension(lab: &Lab) -> Result<()> {
     let stream = guest.connect_from_host(PORT)?;
     let fd = guest.accept(listener)?;
     drop(stream);
-    expect_eq("the end of a new connection", guest.recv(fd, 1)?, String::new())
+    expect_eq(
+        "the end of a new connection",
+        guest.recv(fd, 1)?,
+        String::new(),
+    )
 }
 
 /// That a uevent and the device's folder in sysfs say the same of a migration.
