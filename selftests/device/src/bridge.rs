@@ -62,12 +62,24 @@ pub struct Bridge {
     stopped: AtomicBool,
 }
 
-#[derive(Default)]
 struct Connections {
     open: HashMap<Key, Arc<Connection>>,
-    last_port: u32,
+    /// Where the next connection of the host is from, above [`FIRST_PORT`].
+    next_port: u32,
     /// Whether the guest was told of the connections that were restored.
     begun: bool,
+}
+
+impl Default for Connections {
+    fn default() -> Self {
+        Self {
+            open: HashMap::new(),
+            // A guest that comes from another device may still have packets of connections that began at the first ports,
+            // and ended as it left (V8 of Documentation/checkpoint.md).
+            next_port: fastrand::u32(..FIRST_PORT),
+            begun: false,
+        }
+    }
 }
 
 /// One connection.
@@ -283,8 +295,8 @@ impl Bridge {
             let mut connections = lock(&self.connections);
             // A connection that came from another device may have a port of this range.
             let key = loop {
-                let host_port = FIRST_PORT + connections.last_port;
-                connections.last_port = (connections.last_port + 1) % FIRST_PORT;
+                let host_port = FIRST_PORT + connections.next_port;
+                connections.next_port = (connections.next_port + 1) % FIRST_PORT;
                 if !connections.open.contains_key(&(port, host_port)) {
                     break (port, host_port);
                 }

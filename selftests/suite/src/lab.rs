@@ -179,7 +179,7 @@ impl<'a> Lab<'a> {
         self.boot_moving(0, |_| Ok(()))
     }
 
-    /// The same, with a program in `/bin`.
+    /// Boots one with a program in `/bin`.
     pub fn moving_guest_with_program(&self, program: &Path) -> Result<MovingGuest> {
         self.boot_moving(FEATURE_CHECKPOINT, |initramfs| {
             initramfs.program_in_bin(program)
