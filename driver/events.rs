@@ -220,8 +220,7 @@ impl VsockDriver {
     pub(super) fn transport_reset(&self, device: &LiveDevice) {
         let before = self.guest_cid();
         let cid = read_guest_cid(device).ok();
-        self.resets
-            .store(self.resets.load(Relaxed).wrapping_add(1), Relaxed);
+        self.resets.add(1, Relaxed);
         self.set_guest_cid(cid);
         self.statistics.transport_resets.increment();
         let mut migration = self.begin_migration(device, Cause::TransportReset, before);

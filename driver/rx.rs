@@ -106,6 +106,22 @@ struct Flow {
     local: Address,
 }
 
+impl Flow {
+    /// `None` where the source is reserved, or the destination is no CID that a guest can have.
+    fn of(header: &Header) -> Option<Self> {
+        Some(Self {
+            remote: Address {
+                cid: Cid::from_wire(header.src_cid).ok()?.get(),
+                port: header.src_port,
+            },
+            local: Address {
+                cid: Cid::guest_from_config(header.dst_cid).ok()?.get(),
+                port: header.dst_port,
+            },
+        })
+    }
+}
+
 impl VsockDriver {
     /// Receives what the device has sent. Work item; sleeps, and takes sockets' locks.
     pub(super) fn process_rx(self: &Arc<Self>) {
@@ -223,46 +239,25 @@ impl VsockDriver {
                 return None;
             }
         }
-        Some(Flow {
-            remote: Address {
-                cid: source.get(),
-                port: header.src_port,
-            },
-            local: Address {
-                // It is the guest's CID, so it fits.
-                cid: u32::try_from(header.dst_cid).ok()?,
-                port: header.dst_port,
-            },
-        })
+        Flow::of(header)
     }
 
     /// Lets an attempt to connect fail whose answer bears a CID that the guest had: the connection has ended with that, and
     /// there will be no other answer.
     fn fail_attempt_of_before(&self, header: &Header) {
-        let (Ok(source), Ok(destination)) = (
-            Cid::from_wire(header.src_cid),
-            Cid::guest_from_config(header.dst_cid),
-        ) else {
-            return;
-        };
         if !matches!(header.op, Op::Response | Op::Rst) {
             return;
         }
-        let remote = Address {
-            cid: source.get(),
-            port: header.src_port,
+        let Some(flow) = Flow::of(header) else {
+            return;
         };
-        let local = Address {
-            cid: destination.get(),
-            port: header.dst_port,
-        };
-        let Some(socket) = Socket::find_bound(local) else {
+        let Some(socket) = Socket::find_bound(flow.local) else {
             return;
         };
         let socket = socket.lock();
         if protocol_state(socket.state()) == State::Connecting
             && protocol_type(socket.kind()) == Some(header.socket_type)
-            && socket.accepts_source::<Self>(remote)
+            && socket.accepts_source::<Self>(flow.remote)
         {
             fail_connect(&socket, ConnectError::Refused);
         }

@@ -628,14 +628,9 @@ impl VsockDriver {
         host_cid: Cid,
     ) {
         // Without a device there is nobody to tell.
-        let Ok(header) = self.header(socket, &connection, Op::CreditRequest, 0, 0) else {
+        let Ok(packet) = self.control_for_sure(socket, connection, Op::CreditRequest, false) else {
             return;
         };
-        let packet = OutgoingPacket::outgoing_for_sure(
-            Some(socket),
-            &header.to_bytes(),
-            Outgoing::control(connection, false),
-        );
         let lost = {
             let mut state = self.tx.state.lock();
             state.readdress(&connection, guest_cid, host_cid);
@@ -649,18 +644,29 @@ impl VsockDriver {
         connection.advertised();
     }
 
+    /// Makes a packet of a connection without payload, whatever memory there is; fails without a device.
+    fn control_for_sure(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Connection>,
+        op: Op,
+        is_reply: bool,
+    ) -> Result<OutgoingPacket> {
+        let header = self.header(socket, &connection, op, 0, 0)?;
+        Ok(OutgoingPacket::outgoing_for_sure(
+            Some(socket),
+            &header.to_bytes(),
+            Outgoing::control(connection, is_reply),
+        ))
+    }
+
     /// Sends a packet of a connection, whatever memory there is, which the device answers with RST where it does not have the
     /// connection. Sleeps.
     pub(crate) fn probe(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) {
         // Without a device there is nobody to ask.
-        let Ok(header) = self.header(socket, &connection, Op::CreditUpdate, 0, 0) else {
+        let Ok(packet) = self.control_for_sure(socket, connection, Op::CreditUpdate, true) else {
             return;
         };
-        let packet = OutgoingPacket::outgoing_for_sure(
-            Some(socket),
-            &header.to_bytes(),
-            Outgoing::control(connection, true),
-        );
         // Only the device can be missing.
         let _ = self.transmit(packet);
         connection.advertised();
