@@ -70,17 +70,11 @@ impl Packet {
 
     /// The answer to this packet, from its receiver to its sender, without payload or credit.
     pub fn reply(&self, op: Op) -> Packet {
+        let from = (self.dst_cid, self.dst_port);
+        let to = (self.src_cid, self.src_port);
         Packet {
-            src_cid: self.dst_cid,
-            dst_cid: self.src_cid,
-            src_port: self.dst_port,
-            dst_port: self.src_port,
-            socket_type: self.socket_type,
             op,
-            flags: 0,
-            buf_alloc: 0,
-            fwd_cnt: 0,
-            payload: Vec::new(),
+            ..Packet::rst(from, to, self.socket_type)
         }
     }
 

@@ -188,9 +188,11 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
             let (failed, lost) = loop {
                 let (failed, lost) =
                     run_upstream(&mut host, &mut guest, *role, ids, last_of_its_run);
-                let console = fs::read(&guest.console).unwrap_or_default();
-                let is_forced = lost && has_forced_interrupt(&String::from_utf8_lossy(&console));
-                if !is_forced || boots.next().is_none() {
+                let is_forced = || {
+                    let console = fs::read(&guest.console).unwrap_or_default();
+                    has_forced_interrupt(&String::from_utf8_lossy(&console))
+                };
+                if !lost || !is_forced() || boots.next().is_none() {
                     break (failed, lost);
                 }
                 println!(

@@ -13,7 +13,7 @@ use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 use serde_json::json;
 use vsock_device::bridge;
 use vsock_device::device::{FEATURE_RING_PACKED, RING_FEATURES};
@@ -502,6 +502,21 @@ impl Guest {
         let mut state = vec![0; len.parse()?];
         stream.read_exact(&mut state).context("reading the state")?;
         Ok(state)
+    }
+
+    /// The same, where the program reads to the end of its socket meanwhile: the device has to get rid of what it has begun
+    /// to write.
+    pub fn checkpoint_while(
+        &self,
+        host_port: u32,
+        guest_port: u32,
+        read_to_end: impl FnOnce() -> Result<()>,
+    ) -> Result<Vec<u8>> {
+        std::thread::scope(|scope| {
+            let asking = scope.spawn(|| self.checkpoint(host_port, guest_port));
+            read_to_end()?;
+            asking.join().map_err(|_| anyhow!("a thread panicked"))?
+        })
     }
 
     /// Serves a port of the host to the guest.

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::Receiver;
 use std::time::Duration;
 
-use anyhow::{anyhow, Context, Result};
+use anyhow::{Context, Result};
 use vsock_device::bridge;
 
-use super::traffic::Working;
+use super::traffic::{is_stopped, Working};
 use crate::lab::{host_listener, restore, Guest, LIMIT};
 
 /// How much is passed on at once, in bytes.
@@ -76,7 +76,7 @@ impl Desk {
 
     fn work(mut self, stop: &Receiver<()>) -> Result<Self> {
         self.listener.set_nonblocking(true)?;
-        while stop.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
+        while !is_stopped(stop) {
             let mut was_idle = true;
             match self.listener.accept() {
                 Ok((of_guest, _)) => {
@@ -126,14 +126,11 @@ impl Carried {
 
     /// Reads to the end of its socket, asks for the state, and goes on with another socket.
     fn move_to(&mut self, guest: &Guest, uds: &Path, port: u32) -> Result<()> {
-        let guest_port = self.guest_port;
         self.of_guest.set_nonblocking(false)?;
         self.of_guest.set_read_timeout(Some(LIMIT))?;
-        let state = std::thread::scope(|scope| {
-            let asking = scope.spawn(|| guest.checkpoint(port, guest_port));
-            // The device has to get rid of what it has begun to write.
+        let state = guest.checkpoint_while(port, self.guest_port, || {
             self.of_guest.read_to_end(&mut self.for_program)?;
-            asking.join().map_err(|_| anyhow!("a thread panicked"))?
+            Ok(())
         })?;
         self.of_guest = restore(uds, &state)?;
         self.of_guest.set_nonblocking(true)?;

@@ -35,18 +35,8 @@ impl FileTransfer {
         let carrier = Carrier::start(&guest.uds, COLLECTOR_PORT, &socket)?;
         begin_growing(guest, FIRST_NUMBER, NUMBERS)?;
         start_agent(guest, "", "/tmp/log")?;
-        let this = Self { collector, carrier };
-        this.wait_for_more(guest)?;
-        Ok(this)
-    }
-
-    /// Waits until more has come than by now.
-    fn wait_for_more(&self, guest: &MovingGuest) -> Result<()> {
-        let before = status(guest)?.acknowledged;
-        wait_status(guest, "more of the file to be stored", |is| {
-            is.acknowledged > before
-        })?;
-        Ok(())
+        wait_for_more(guest)?;
+        Ok(Self { collector, carrier })
     }
 
     /// Resets the guest's device to another CID, and waits until the transfer goes on.
@@ -56,8 +46,7 @@ impl FileTransfer {
         wait_status(guest, "the program to be connected again", |is| {
             is.connected && is.starts.resume > before.starts.resume
         })?;
-        self.wait_for_more(guest)?;
-        status(guest)
+        wait_for_more(guest)
     }
 
     /// Moves the guest to another device, and waits until the transfer goes on.
@@ -67,8 +56,7 @@ impl FileTransfer {
         let carried = self.carrier.move_to(guest, &destination.uds)?;
         expect_eq("connections that were carried over", carried, 1)?;
         guest.go_on(destination)?;
-        self.wait_for_more(guest)?;
-        status(guest)
+        wait_for_more(guest)
     }
 
     /// Waits until all of the file is stored, and compares it; returns its length.
@@ -83,6 +71,14 @@ impl FileTransfer {
         ensure!(stored == file, "what is stored is not the file");
         Ok(file.len())
     }
+}
+
+/// Waits until more has come than by now.
+fn wait_for_more(guest: &MovingGuest) -> Result<Status> {
+    let before = status(guest)?.acknowledged;
+    wait_status(guest, "more of the file to be stored", |is| {
+        is.acknowledged > before
+    })
 }
 
 /// A reset ends the connection of the transfer, and it goes on with another one; migrations do not. All of the file comes.

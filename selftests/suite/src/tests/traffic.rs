@@ -7,7 +7,7 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::sync::mpsc::{channel, Receiver, Sender};
+use std::sync::mpsc::{channel, Receiver, Sender, TryRecvError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -121,8 +121,13 @@ pub struct Working<T> {
     thread: JoinHandle<Result<T>>,
 }
 
+/// Whether a program that works is told to stop, or nobody is there any more who would.
+pub fn is_stopped(stop: &Receiver<()>) -> bool {
+    stop.try_recv() != Err(TryRecvError::Empty)
+}
+
 impl<T: Send + 'static> Working<T> {
-    /// `work` returns when something, or nobody, is at the other end of the channel.
+    /// `work` returns when it [is told to](is_stopped).
     pub fn begin(work: impl FnOnce(&Receiver<()>) -> Result<T> + Send + 'static) -> Self {
         let (stop, stopped) = channel();
         Self {
@@ -153,7 +158,7 @@ impl Program {
     fn work(mut self, stop: &Receiver<()>) -> Result<Self> {
         self.stream.set_nonblocking(true)?;
         let mut buffer = vec![0; PART.max(pattern::MAX_MESSAGE + 1)];
-        while stop.try_recv().is_err() {
+        while !is_stopped(stop) {
             let sent = self.send(&mut buffer)?;
             let received = self.kind != Kind::BlockedWriter && self.receive(&mut buffer)?;
             if !sent && !received {
@@ -234,12 +239,7 @@ impl Program {
     /// Reads to the end of its socket, asks for the state, and goes on with another socket.
     fn move_to(mut self, guest: &Guest, uds: &Path) -> Result<Self> {
         let (host_port, guest_port) = (self.host_port, self.kind.port());
-        let asked = std::thread::scope(|scope| {
-            let asking = scope.spawn(|| guest.checkpoint(host_port, guest_port));
-            // The device has to get rid of what it has begun to write.
-            self.receive_all()?;
-            asking.join().map_err(|_| anyhow!("a thread panicked"))?
-        });
+        let asked = guest.checkpoint_while(host_port, guest_port, || self.receive_all());
         let state = asked.context("the state of a connection")?;
         self.stream = restore_by(uds, self.kind.socket_type(), &state)?;
         if self.kind == Kind::HostIsDone {
