@@ -12,7 +12,7 @@ LIVE_MIGRATIONS ?= 50
 export MAKE_TARGET = $@
 
 .NOTPARALLEL:
-.PHONY: module kernel-tree demo test test-all migrations bench fuzz check install update clean distclean help
+.PHONY: module kernel-tree demo test test-all test-vmtest migrations bench fuzz check install update clean distclean help
 
 module:
 	@scripts/build-module "$(KDIR)"
@@ -28,6 +28,9 @@ test:
 
 test-all:
 	@scripts/test-all $(TESTS)
+
+test-vmtest:
+	@scripts/test-vmtest $(TESTS)
 
 migrations:
 	@scripts/harness run --migrations $(MIGRATIONS) migration::traffic_goes_on
@@ -61,6 +64,7 @@ help:
 	@echo 'make demo         set everything up, boot a guest with the module, show it at work'
 	@echo 'make test         all tests; TESTS="name ..." for those whose names contain one of them'
 	@echo 'make test-all     make test on each kernel of the list KERNELS, and a summary'
+	@echo 'make test-vmtest  upstream'\''s vmtest.sh on a nested host, with this driver and with the C driver; TESTS as above'
 	@echo 'make migrations   the tests of migrations at full length: MIGRATIONS=$(MIGRATIONS) between devices with the'
 	@echo '                  checkpoint extension, LIVE_MIGRATIONS=$(LIVE_MIGRATIONS) between two QEMUs with vhost-vsock'
 	@echo 'make bench        this driver and the C driver side by side'

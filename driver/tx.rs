@@ -50,6 +50,8 @@ pub(crate) struct Outgoing {
     counted: Counted,
     /// Whether it answers a packet of the device.
     is_reply: bool,
+    /// Whether captures and tracepoints have been shown the packet.
+    is_shown: bool,
 }
 
 /// What a connection counts of a packet.
@@ -69,6 +71,7 @@ impl Outgoing {
             connection: None,
             counted: Counted::Nothing,
             is_reply: true,
+            is_shown: false,
         }
     }
 
@@ -77,6 +80,7 @@ impl Outgoing {
             connection: Some(connection.into()),
             counted: Counted::Nothing,
             is_reply,
+            is_shown: false,
         }
     }
 
@@ -86,6 +90,7 @@ impl Outgoing {
             connection: Some(connection.into()),
             counted: Counted::Payload(len),
             is_reply: false,
+            is_shown: false,
         }
     }
 
@@ -95,6 +100,7 @@ impl Outgoing {
             connection: Some(connection.into()),
             counted: Counted::CreditUpdate,
             is_reply,
+            is_shown: false,
         }
     }
 
@@ -163,7 +169,13 @@ pub(crate) struct TxQueue {
 }
 
 impl TxQueue {
-    fn push(&mut self, packet: OutgoingPacket) -> Result<(), (OutgoingPacket, PushError)> {
+    /// Gives a packet to the device. It is shown when that is tried for the first time: as it will come, and in that order.
+    fn push(&mut self, mut packet: OutgoingPacket) -> Result<(), (OutgoingPacket, PushError)> {
+        if !core::mem::replace(&mut packet.control_mut().is_shown, true) {
+            if let Some(header) = packet.front() {
+                monitor::show(Direction::Sent, header, purpose, &packet);
+            }
+        }
         self.queue.push(packet)?;
         self.in_flight += 1;
         Ok(())
@@ -185,9 +197,6 @@ impl TxState {
         };
         if device.queue.is_broken() {
             return Err((packet, EIO));
-        }
-        if let Some(header) = packet.front() {
-            monitor::show(Direction::Sent, header, purpose, &packet);
         }
         let pushed = if nothing_waits {
             device.push(packet)

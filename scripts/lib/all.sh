@@ -5,7 +5,7 @@
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-for part in toolchain-root kernel own-kernel upstream-tests accel module selftests; do
+for part in toolchain-root kernel own-kernel upstream-tests accel module selftests vmtest; do
     # shellcheck source=/dev/null
     . "$SOURCE_DIR/scripts/lib/$part.sh"
 done

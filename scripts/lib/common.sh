@@ -17,7 +17,7 @@ JOBS=${JOBS:-$(nproc)}
 
 [[ $VSOCK_CACHE == /* ]] || VSOCK_CACHE=$PWD/$VSOCK_CACHE
 BASE_SUITE=${SUITE%-backports}            # the suite that has the compilers
-ROOT=$VSOCK_CACHE/root/$SUITE             # the toolchain root
+ROOT=${ROOT_FOLDER:-$VSOCK_CACHE/root/$SUITE}   # the toolchain root, or another one that in-root is to enter
 LOGS=$VSOCK_CACHE/log
 
 # --- Messages -----------------------------------------------------------------------------------------------------

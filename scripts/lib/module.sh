@@ -44,3 +44,26 @@ build_module() {
     use_kernel_tree "$KERNEL_TREE"
     step "build virtio_vsock_rs.ko for $KERNEL" run_kbuild modules
 }
+
+# install_module KDIR PREFIX: builds the module and puts it, and what prefers it to the C driver, below PREFIX. Sets
+# KERNEL; depmod is left to the caller.
+install_module() {
+    local prefix=$2 modules staging
+    build_module_for "$1"
+    modules=$prefix/lib/modules/$KERNEL
+    [[ -d $modules ]] || die "the kernel $KERNEL is not installed: there is no $modules" \
+        "install that kernel, or give the KDIR of one that is"
+    [[ -w $modules ]] || die "cannot write to $modules" "sudo make install"
+    staging=$KERNEL_DIR/install
+    discard "$staging"
+    step "make the installed form of the module" run_kbuild modules_install \
+        INSTALL_MOD_PATH="$staging" INSTALL_MOD_DIR=updates DEPMOD=true
+    mkdir -p "$modules/updates" "$prefix/etc/modprobe.d"
+    cp "$staging/lib/modules/$KERNEL/updates/"virtio_vsock_rs.ko* "$modules/updates/"
+    discard "$staging"
+    cat >"$prefix/etc/modprobe.d/virtio_vsock_rs.conf" <<'CONF'
+# Both modules are for the virtio socket device and only one can have it: virtio_vsock_rs is loaded for it, and the
+# C driver only when asked for by name. Without this file it is the other way round or by chance.
+blacklist vmw_vsock_virtio_transport
+CONF
+}

@@ -71,9 +71,11 @@ install_prerequisites() {
         apt-get install --yes --no-install-recommends "${missing[@]}"
 }
 
-# make_root NEW_FOLDER MIRROR: without a mirror mmdebstrap takes Debian's default.
+# make_root NEW_FOLDER MIRROR PACKAGE...: without a mirror mmdebstrap takes Debian's default.
 make_root() {
     local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences said=$VSOCK_CACHE/root/said options=() option
+    shift 2
+    options+=("--include=$(IFS=, && say "$*")")
     write_root_preferences >"$preferences"
     options+=("--setup-hook=install -D -m 644 '$preferences' \"\$1/etc/apt/preferences.d/kernel-suite\"")
     if [[ $SUITE != "$BASE_SUITE" ]]; then
@@ -101,7 +103,7 @@ install_root() {
     shift 2
     # In namespaces of its own: whatever happens to it, no mount and no process is left.
     unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
-        mmdebstrap --variant=apt --mode=root --include="$(IFS=, && say "${ROOT_PACKAGES[*]}")" \
+        mmdebstrap --variant=apt --mode=root \
         --aptopt='APT::Install-Recommends "false"' --aptopt='Acquire::Retries "3"' \
         --aptopt='APT::Sandbox::User "root"' --skip=cleanup/apt/lists \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
@@ -122,7 +124,7 @@ ensure_root() {
     need_space 3500 "the toolchain root"
     mkdir -p "$VSOCK_CACHE/root"
     mirror=$(machine_mirror)
-    step "install the toolchain root ($SUITE)" make_root "$new" "$mirror"
+    step "install the toolchain root ($SUITE)" make_root "$new" "$mirror" "${ROOT_PACKAGES[@]}"
     ! grep -rqF "$ACCEPT_EXPIRED" "$new/etc/apt/apt.conf.d" ||
         warn "the mirror's package lists of $SUITE have expired; taken all the same: newer packages may be missing"
     say "${ROOT_PACKAGES[*]}" >"$new/.complete"

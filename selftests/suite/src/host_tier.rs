@@ -11,40 +11,26 @@
 mod live_migration;
 mod nested;
 mod throughput;
-mod upstream;
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::agent::{sh, sh_ok, Agent, Ended};
+use crate::agent::sh_ok;
 use crate::machine::{faults, Env};
+use crate::upstream::{self, Pair, Role, Side, UpstreamTest, OTHER_PROGRAMS};
 use crate::Driver;
 pub use live_migration::DEFAULT_MIGRATIONS;
 use nested::{GuestSpec, NestedGuest, NestedHost, HOST_ADDRESS};
 pub use throughput::bench;
-use upstream::{parse_list, parse_output, verdict, Role, Said, Sayings, UpstreamTest, Verdict};
 
 /// How long one run of all of upstream's tests may take. It takes 10 s when nothing else runs.
 const RUN_LIMIT: Duration = Duration::from_secs(240);
 
-/// How much longer the agents may take to say that it was stopped.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
-
 const HOST_CID: u32 = 2;
-
-/// The vsock ports of the first run of `vsock_test`, and how many it has.
-const FIRST_PEER_PORT: u32 = 1234;
-const PEER_PORTS: u32 = 2;
-
-/// This test interrupts connect() over and over. Its last requests can still be on their way to its port when it ends,
-/// and the listener of the next test there would accept them instead of that test's connection, with either driver.
-/// Each run of `vsock_test` has ports of its own, and this test is the last of its run.
-const LEAVES_REQUESTS: &str = "SOCK_STREAM transport change null-ptr-deref, lockdep warn";
 
 /// How long the removal of the driver may take.
 const REMOVAL_LIMIT: Duration = Duration::from_secs(60);
@@ -53,9 +39,6 @@ const LIVE_MIGRATION: &str = "host_tier::live_migration";
 const HOST_KERNEL_LOG: &str = "host_tier::host_kernel_log";
 const GUEST_KERNEL_LOG: &str = "host_tier::guest_kernel_log";
 const DRIVER_REMOVAL: &str = "host_tier::driver_removal";
-
-/// Upstream's other programs, which run all of their tests. The first wants that no other socket is there.
-const OTHER_PROGRAMS: [&str; 2] = ["vsock_diag_test", "vsock_uring_test"];
 
 fn other_name(program: &str, role: Role) -> String {
     format!("host_tier::{role}::{program}")
@@ -106,7 +89,7 @@ pub enum Outcome {
 
 /// The names of the host tier's tests, in the order in which they run.
 pub fn list(env: &Env) -> Result<Vec<String>> {
-    let tests = upstream_tests(env)?;
+    let tests = upstream::tests(env)?;
     let mut names = Vec::new();
     for role in Role::BOTH {
         names.extend(OTHER_PROGRAMS.map(|program| other_name(program, role)));
@@ -126,35 +109,19 @@ pub fn list(env: &Env) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Upstream's tests, as upstream's program names them. That much of it runs without a socket.
-fn upstream_tests(env: &Env) -> Result<Vec<UpstreamTest>> {
-    let program = env.upstream.join("vsock_test");
-    let output = Command::new(&program)
-        .arg("--list")
-        .output()
-        .with_context(|| format!("running {} --list", program.display()))?;
-    parse_list(&String::from_utf8_lossy(&output.stdout))
-}
-
 /// Runs the wanted tests in machines that it boots, and tells `report` of each in the order of [`list`].
 ///
 /// An error means that the machines could not be brought up, so that there is nothing to say about any test.
 pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) -> Result<()> {
-    let tests = upstream_tests(env)?;
+    let tests = upstream::tests(env)?;
     let mut wanted = BTreeMap::new();
     for role in Role::BOTH {
-        let ids = tests
+        let of_role = tests
             .iter()
             .filter(|test| (options.wanted)(&test.full_name(role)))
-            .map(|test| test.id)
             .collect::<Vec<_>>();
-        wanted.insert(role, ids);
+        wanted.insert(role, of_role);
     }
-
-    let last_of_its_run = tests
-        .iter()
-        .find(|test| test.name == LEAVES_REQUESTS)
-        .map(|test| test.id);
 
     let spec = GuestSpec {
         cid: 3,
@@ -173,21 +140,24 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
         for role in Role::BOTH {
             let name = other_name(program, role);
             if (options.wanted)(&name) {
-                report(&name, run_other(&host.machine.agent, &guest, role, program));
+                let outcome = match pair(&host, &guest, role).run_all_of(program) {
+                    Ok(()) => Outcome::Passed,
+                    Err(why) => Outcome::Failed(why),
+                };
+                report(&name, outcome);
             }
         }
     }
 
     let mut failures: BTreeMap<(Role, u32), Vec<String>> = BTreeMap::new();
     'rounds: for round in 1..=options.repeat {
-        for (role, ids) in &wanted {
-            if ids.is_empty() {
+        for (role, of_role) in &wanted {
+            if of_role.is_empty() {
                 continue;
             }
             let begun = Instant::now();
             let (failed, lost) = loop {
-                let (failed, lost) =
-                    run_upstream(&mut host, &mut guest, *role, ids, last_of_its_run);
+                let (failed, lost) = run_upstream(&mut host, &mut guest, *role, of_role);
                 let is_forced = || {
                     let console = fs::read(&guest.console).unwrap_or_default();
                     has_forced_interrupt(&String::from_utf8_lossy(&console))
@@ -205,8 +175,8 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
                 eprintln!(
                     "run {round} of {}, {role}: {} of {} tests ok, {:.1} s",
                     options.repeat,
-                    ids.len() - failed.len(),
-                    ids.len(),
+                    of_role.len() - failed.len(),
+                    of_role.len(),
                     begun.elapsed().as_secs_f64()
                 );
             }
@@ -225,8 +195,8 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
             }
         }
     }
-    for (role, ids) in &wanted {
-        for test in tests.iter().filter(|test| ids.contains(&test.id)) {
+    for (role, of_role) in &wanted {
+        for test in of_role {
             let outcome = match failures.get(&(*role, test.id)) {
                 None => Outcome::Passed,
                 Some(texts) if options.repeat == 1 => Outcome::Failed(texts.join("\n")),
@@ -258,225 +228,53 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
     Ok(())
 }
 
+/// The host and the guest, for a program of upstream's.
+fn pair<'a>(host: &'a NestedHost, guest: &'a NestedGuest, role: Role) -> Pair<'a> {
+    let host = Side {
+        name: "host",
+        agent: &host.machine.agent,
+        cid: HOST_CID,
+    };
+    let spec = guest.spec;
+    let guest = Side {
+        name: "guest",
+        agent: &guest.agent,
+        cid: spec.cid,
+    };
+    match role {
+        Role::GuestServer => Pair {
+            server: guest,
+            client: host,
+            control_host: "127.0.0.1",
+            control_port: spec.forwarded_port(),
+            limit: RUN_LIMIT,
+        },
+        Role::GuestClient => Pair {
+            server: host,
+            client: guest,
+            control_host: HOST_ADDRESS,
+            control_port: spec.host_port(),
+            limit: RUN_LIMIT,
+        },
+    }
+}
+
 /// Runs the tests `ids` of `vsock_test`. Gives those that failed, with what was said of them, and whether a machine was
 /// lost over them.
-///
-/// The first failure ends `vsock_test`, so the tests after it are run by another; and so are those after a test that
-/// leaves packets behind.
 fn run_upstream(
     host: &mut NestedHost,
     guest: &mut NestedGuest,
     role: Role,
-    ids: &[u32],
-    last_of_its_run: Option<u32>,
+    tests: &[&UpstreamTest],
 ) -> (BTreeMap<u32, String>, bool) {
-    let mut failed = BTreeMap::new();
-    let mut remaining = ids.to_vec();
-    let mut peer_port = FIRST_PEER_PORT;
-    while !remaining.is_empty() {
-        let end = remaining.iter().position(|id| Some(*id) == last_of_its_run);
-        let now = &remaining[..end.map_or(remaining.len(), |end| end + 1)];
-        let said = run_pair(&host.machine.agent, guest, role, now, peer_port);
-        peer_port += PEER_PORTS;
-        let mut done = Vec::new();
-        for &id in now {
-            match verdict(id, &said.host, &said.guest) {
-                Verdict::Ok => (),
-                Verdict::Failed(text) => {
-                    failed.insert(id, format!("{text}{}", said.trouble));
-                }
-                Verdict::NotBegun => continue,
-            }
-            done.push(id);
-        }
-        if said.lost || done.is_empty() {
-            let trouble = &said.trouble;
-            for id in remaining.iter().filter(|id| !done.contains(id)) {
-                failed.insert(*id, format!("did not come to its end{trouble}"));
-            }
-        }
-        if said.lost {
-            let state = host
-                .dump(guest)
-                .unwrap_or_else(|error| format!("{error:#}"));
-            eprintln!("a machine does not answer; what QEMU says of the guest:\n{state}");
-            return (failed, true);
-        }
-        if done.is_empty() {
-            break;
-        }
-        remaining.retain(|id| !done.contains(id));
+    let (failed, lost) = pair(host, guest, role).run_tests(tests);
+    if lost {
+        let state = host
+            .dump(guest)
+            .unwrap_or_else(|error| format!("{error:#}"));
+        eprintln!("a machine does not answer; what QEMU says of the guest:\n{state}");
     }
-    (failed, false)
-}
-
-/// What both sides of one run of `vsock_test` said.
-#[derive(Default)]
-struct PairSaid {
-    host: Sayings,
-    guest: Sayings,
-    /// What went wrong beside the tests, a new line each.
-    trouble: String,
-    /// Whether a machine does not answer any more.
-    lost: bool,
-}
-
-/// Runs the tests `ids` of `vsock_test` on both sides.
-fn run_pair(
-    host: &Agent,
-    guest: &NestedGuest,
-    role: Role,
-    ids: &[u32],
-    peer_port: u32,
-) -> PairSaid {
-    let picked: Vec<String> = ids.iter().map(|id| format!("--pick {id}")).collect();
-    run_program(
-        host,
-        guest,
-        role,
-        "vsock_test",
-        peer_port,
-        &picked.join(" "),
-    )
-}
-
-/// Runs all tests of another program of upstream's.
-fn run_other(host: &Agent, guest: &NestedGuest, role: Role, program: &str) -> Outcome {
-    let said = run_program(host, guest, role, program, FIRST_PEER_PORT, "");
-    let are_ok = |said: &Sayings| !said.is_empty() && said.values().all(|said| *said == Said::Ok);
-    if are_ok(&said.host) && are_ok(&said.guest) && said.host.len() == said.guest.len() {
-        return Outcome::Passed;
-    }
-    Outcome::Failed(format!(
-        "host: {:?}\nguest: {:?}{}",
-        said.host, said.guest, said.trouble
-    ))
-}
-
-/// Runs a program of upstream's on both sides.
-fn run_program(
-    host: &Agent,
-    guest: &NestedGuest,
-    role: Role,
-    program: &str,
-    peer_port: u32,
-    arguments: &str,
-) -> PairSaid {
-    let port = match role {
-        Role::GuestServer => guest.spec.forwarded_port(),
-        Role::GuestClient => guest.spec.host_port(),
-    };
-    let command = |mode: &str, peer_cid: u32| {
-        format!(
-            "{program} --mode={mode} --control-port={port} --peer-cid={peer_cid} --peer-port={peer_port} {arguments}"
-        )
-    };
-    let guest_cid = guest.spec.cid;
-    let guest = &guest.agent;
-    let mut said = PairSaid::default();
-    let (server, client) = match role {
-        Role::GuestServer => serve_and_connect(
-            guest,
-            &command("server", HOST_CID),
-            host,
-            &format!("{} --control-host=127.0.0.1", command("client", guest_cid)),
-            port,
-        ),
-        Role::GuestClient => serve_and_connect(
-            host,
-            &command("server", guest_cid),
-            guest,
-            &format!(
-                "{} --control-host={HOST_ADDRESS}",
-                command("client", HOST_CID)
-            ),
-            port,
-        ),
-    };
-    let (host_output, guest_output) = match role {
-        Role::GuestServer => (client, server),
-        Role::GuestClient => (server, client),
-    };
-    let mut read = |name: &str, output: Result<Ended>| match output {
-        Ok(ended) => {
-            let tests = parse_output(&ended.output);
-            if tests.is_empty() {
-                let (status, output) = (ended.status, ended.output.trim());
-                said.trouble.push_str(&format!(
-                    "\n{name}: {program} ended with status {status}: {output}"
-                ));
-            }
-            Some(tests)
-        }
-        Err(error) => {
-            said.trouble.push_str(&format!("\n{name}: {error:#}"));
-            said.lost = true;
-            None
-        }
-    };
-    let host_said = read("host", host_output);
-    let guest_said = read("guest", guest_output);
-    // The sides wait for each other before each test: whoever began one has seen the other end the one before.
-    let before_the_last = |sayings: &Sayings| {
-        let last = sayings.keys().next_back().copied();
-        let ended = sayings.iter().filter(|(id, _)| Some(**id) != last);
-        ended
-            .map(|(id, said)| (*id, said.clone()))
-            .collect::<Sayings>()
-    };
-    said.guest = match (&guest_said, &host_said) {
-        (None, Some(host)) => before_the_last(host),
-        _ => guest_said.clone().unwrap_or_default(),
-    };
-    said.host = match (host_said, &guest_said) {
-        (None, Some(guest)) => before_the_last(guest),
-        (host, _) => host.unwrap_or_default(),
-    };
-    said
-}
-
-/// Runs a server on one side and, once it listens on the TCP port, a client on the other.
-fn serve_and_connect(
-    server: &Agent,
-    server_command: &str,
-    client: &Agent,
-    client_command: &str,
-    port: u32,
-) -> (Result<Ended>, Result<Ended>) {
-    let limit = RUN_LIMIT.as_secs();
-    let answer_limit = RUN_LIMIT + ANSWER_LIMIT;
-    let serve = format!(
-        "rm -f /tmp/server.*
-        (timeout -s KILL {limit} {server_command} >/tmp/server.output 2>&1; echo $? >/tmp/server.status) \
-            </dev/null >/dev/null 2>&1 &
-        until grep -q ':{port:04X} 00000000:0000 0A' /proc/net/tcp; do
-            [ ! -e /tmp/server.status ] || {{ cat /tmp/server.output; exit 1; }}
-            sleep 0.1
-        done"
-    );
-    if let Err(error) = sh_ok(server, &serve, answer_limit) {
-        let nothing = Ended {
-            status: 0,
-            output: String::new(),
-        };
-        return (
-            Err(error.context("vsock_test as server does not listen")),
-            Ok(nothing),
-        );
-    }
-    let client_ended = sh(
-        client,
-        &format!("timeout -s KILL {limit} {client_command}"),
-        answer_limit,
-    );
-    let server_ended = sh(
-        server,
-        "until [ -e /tmp/server.status ]; do sleep 0.1; done
-        cat /tmp/server.output
-        exit $(cat /tmp/server.status)",
-        answer_limit,
-    );
-    (server_ended, client_ended)
+    (failed, lost)
 }
 
 /// Migrates the guest, and says what came of it where that was asked for.

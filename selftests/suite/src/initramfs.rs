@@ -95,7 +95,8 @@ impl<'a> Initramfs<'a> {
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }
 
-    fn is_module(&self, name: &str) -> Result<bool> {
+    /// Whether the kernel has this as a module.
+    pub fn is_module(&self, name: &str) -> Result<bool> {
         Ok(self.index()?.contains(&format!("/{name}.ko")))
     }
 
@@ -160,6 +161,19 @@ impl<'a> Initramfs<'a> {
     pub fn program_in_bin(&mut self, program: &Path) -> Result<()> {
         let name = program.file_name().context("the program has no name")?;
         self.file(&format!("bin/{}", name.to_string_lossy()), program)
+    }
+
+    /// Adds upstream's test programs, in `/bin`.
+    pub fn upstream_programs(&mut self) -> Result<()> {
+        for program in [
+            "vsock_test",
+            "vsock_perf",
+            "vsock_diag_test",
+            "vsock_uring_test",
+        ] {
+            self.program_in_bin(&self.env.upstream.join(program))?;
+        }
+        Ok(())
     }
 
     /// Adds a program as it is installed here, with the libraries that it is linked with.

@@ -23,7 +23,7 @@ use vsock_device::{Device, DeviceConfig, Op, Packet, Relay, Switch, HOST_CID, RE
 
 use crate::agent::{sh_ok, Agent, CallError};
 use crate::initramfs::Initramfs;
-use crate::machine::{Env, Hardware, KernelStoodStill, Kind, Machine};
+use crate::machine::{Env, Hardware, KernelStoodStill, Kind, Machine, Plug};
 pub use crate::sockets::{Call, SEQPACKET, STREAM};
 use crate::systemd;
 use crate::Driver;
@@ -123,6 +123,27 @@ impl<'a> Lab<'a> {
             initramfs.driver(self.driver)?;
             initramfs.modules(modules)
         })
+    }
+
+    /// Boots a guest with the driver under test, upstream's programs, and a network to another such guest.
+    pub fn guest_for_upstream(&self, cid: u32, plug: Plug) -> Result<Guest> {
+        let hardware = Hardware {
+            network: Some(plug),
+            ..Hardware::default()
+        };
+        let guest = self.boot(cid, &hardware, |initramfs| {
+            if initramfs.is_module("virtio_net")? {
+                initramfs.modules(&["virtio_net"])?;
+            }
+            initramfs.driver(self.driver)?;
+            initramfs.modules(&["vsock_diag"])?;
+            initramfs.upstream_programs()
+        })?;
+        let address = network_address(cid);
+        guest.sh(&format!(
+            "ifconfig lo 127.0.0.1 up && ifconfig eth0 {address} netmask 255.255.255.0 up"
+        ))?;
+        Ok(guest)
     }
 
     /// Boots a guest with the driver under test on special hardware.
@@ -376,6 +397,11 @@ impl<'a> Lab<'a> {
         }
         Ok(guest)
     }
+}
+
+/// The IPv4 address of a guest on the network between two.
+pub fn network_address(cid: u32) -> String {
+    format!("192.168.0.{cid}")
 }
 
 /// A guest that runs, with its device.

@@ -138,6 +138,15 @@ fn read_log(console: &Path) -> String {
     )
 }
 
+/// A shell function for machines: the device of their port of a name.
+pub const FIND_PORT: &str = r#"port() {
+    for d in /sys/class/virtio-ports/*; do
+        [ "$(cat $d/name)" = "$1" ] && echo "/dev/${d##*/}" && return
+    done
+    echo "there is no virtio port $1" >&2
+    return 1
+}"#;
+
 /// A virtio port of a machine besides its agent's.
 pub enum Port {
     /// A Unix socket here.
@@ -164,6 +173,15 @@ pub struct Hardware {
     /// A disk of [`DISK_LEN`] bytes in a file of this name in the test's folder; a later machine finds what this one has
     /// written.
     pub disk: Option<&'static str>,
+    /// A cable to another machine of the test, besides the sockets.
+    pub network: Option<Plug>,
+}
+
+/// An end of the cable between two machines: a Unix socket in the test's folder. The machine with `First` is booted first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plug {
+    First,
+    Second,
 }
 
 /// Length of a machine's disk, in bytes. Its memory fits onto it.
@@ -188,6 +206,7 @@ impl Default for Hardware {
             kernel_parameters: "",
             agent_on_serial_port: false,
             disk: None,
+            network: None,
         }
     }
 }
@@ -229,8 +248,8 @@ pub enum Kind<'a> {
         device: &'a Path,
         hardware: &'a Hardware,
     },
-    /// A machine that can run guests of its own.
-    NestedHost,
+    /// A machine that can run guests of its own. What it writes to its disk is gone with it.
+    NestedHost { disk: Option<&'a Path> },
 }
 
 /// A machine that runs. Dropping it switches it off.
@@ -277,10 +296,10 @@ impl Machine {
             .arg(initramfs);
         let hardware = match kind {
             Kind::Guest { hardware, .. } => *hardware,
-            Kind::NestedHost => Hardware::default(),
+            Kind::NestedHost { .. } => Hardware::default(),
         };
         let mut parameters = format!("console=ttyS0 panic=-1 {}", hardware.kernel_parameters);
-        if matches!(kind, Kind::NestedHost) || env.accelerator.starts_with("tcg") {
+        if matches!(kind, Kind::NestedHost { .. }) || env.accelerator.starts_with("tcg") {
             parameters += &clock_parameter(hardware.bus == Bus::Mmio);
         }
         if hardware.agent_on_serial_port {
@@ -312,6 +331,14 @@ impl Machine {
                 path.display()
             ));
             qemu.args(["-device", "virtio-blk-pci,drive=disk"]);
+        }
+        if let Some(plug) = hardware.network {
+            let server = if plug == Plug::First { "on" } else { "off" };
+            qemu.arg("-netdev").arg(format!(
+                "stream,id=network,server={server},addr.type=unix,addr.path={}",
+                dir.join("network.sock").display()
+            ));
+            qemu.args(["-device", "virtio-net-pci,netdev=network,romfile="]);
         }
         if hardware.agent_on_serial_port {
             let path = dir.join(format!("{name}.{}.sock", Agent::PORT_NAME));
@@ -460,7 +487,7 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
             device += hardware.device_properties;
             qemu.arg("-device").arg(device);
         }
-        Kind::NestedHost => {
+        Kind::NestedHost { disk } => {
             // With more than one processor that has SVM, TCG now and then corrupts the memory of the host's kernel:
             // one run of upstream's tests in twenty ended in a panic of it, or in a triple fault.
             qemu.args([
@@ -473,6 +500,13 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
                 "-m",
                 "4096",
             ]);
+            if let Some(disk) = disk {
+                qemu.arg("-drive").arg(format!(
+                    "if=none,id=disk,format=raw,snapshot=on,file={}",
+                    disk.display()
+                ));
+                qemu.args(["-device", "virtio-blk-pci,drive=disk"]);
+            }
         }
     }
 }

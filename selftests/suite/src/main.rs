@@ -11,6 +11,8 @@
 //! | [`lab`] | what a test of the device tier works with |
 //! | [`tests`] | the tests of the device tier: guests and a device in this process |
 //! | [`host_tier`] | upstream's tests against the kernel's vhost-vsock, on a nested host |
+//! | [`upstream`] | upstream's test programs on two machines |
+//! | [`vmtest`] | upstream's vmtest.sh on a nested host |
 //! | [`update_times`] | how long updates of CIDs take |
 //! | [`runner`] | runs tests side by side and reports |
 //! | [`demo`] | the main job, shown |
@@ -29,6 +31,8 @@ mod sockets;
 mod systemd;
 mod tests;
 mod update_times;
+mod upstream;
+mod vmtest;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -94,6 +98,14 @@ enum Command {
         /// What decides on random moments, as a test that failed has said; default: another one each time
         #[arg(long)]
         seed: Option<u64>,
+    },
+    /// Runs upstream's vmtest.sh on nested hosts, with this driver and with the C driver, and compares
+    Vmtest {
+        /// The hosts' disk, which `scripts/setup vmtest` makes
+        #[arg(long)]
+        disk: PathBuf,
+        /// Tests of vmtest.sh; default: all
+        tests: Vec<String>,
     },
     /// Shows the driver at work
     Demo,
@@ -215,6 +227,7 @@ fn carry_out(arguments: Arguments) -> Result<bool> {
             env.seed = seed.unwrap_or(env.seed);
             run(&env, &filters, jobs, driver, repeat)?
         }
+        Command::Vmtest { disk, tests } => vmtest::run(&env, &disk, &tests)?,
         Command::Demo => demo::run(&env)?,
         Command::Bench { runs } => {
             let table = host_tier::bench(&env, runs, &mut |progress| eprintln!("  {progress}"))?;

@@ -19,6 +19,7 @@ mod sharing;
 mod stream;
 pub mod traffic;
 mod units;
+mod upstream;
 
 use vsock_device::device::{FEATURE_RING_PACKED, RING_FEATURES};
 
@@ -98,7 +99,8 @@ tests! {
     hardware: ring_sizes, without_ring_features, platform_dma, mmio, needs_reset;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
         hotplug, two_devices, suspend;
-    observe: vsockmon, tracepoints, diagnostics, sockmap;
+    upstream: vsock_test, vsock_diag_test, vsock_uring_test;
+    observe: vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics, sockmap;
     hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, tx_not_consumed,
         reply_flood;
 }

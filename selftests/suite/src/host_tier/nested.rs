@@ -28,7 +28,7 @@ use anyhow::{Context, Result};
 use crate::agent::{sh_ok, Agent};
 use crate::initramfs::{output_of, Initramfs};
 use crate::lab::{wait_for, LIMIT};
-use crate::machine::{find_program, Env, Kind, Machine, Port, BOOT_LIMIT};
+use crate::machine::{find_program, Env, Kind, Machine, Port, BOOT_LIMIT, FIND_PORT};
 use crate::qmp::{MigrationFigures, Monitor};
 use crate::Driver;
 
@@ -44,15 +44,6 @@ const GUEST_ADDRESS: &str = "10.0.2.15";
 
 /// Where a QEMU in the host waits for the state of a guest that is migrated to it.
 const MIGRATION: &str = "unix:/tmp/migration";
-
-/// A shell function: the device of the host's port of a name.
-const FIND_PORT: &str = r#"port() {
-    for d in /sys/class/virtio-ports/*; do
-        [ "$(cat $d/name)" = "$1" ] && echo "/dev/${d##*/}" && return
-    done
-    echo "the host has no virtio port $1" >&2
-    return 1
-}"#;
 
 /// A guest to run on the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -159,7 +150,14 @@ impl NestedHost {
             ports.push(Port::File(guest.console_port()));
             ports.extend(guest.cids().map(|cid| Port::Socket(monitor_port(cid))));
         }
-        let machine = Machine::boot(env, Kind::NestedHost, "host", &initramfs, dir, &ports)?;
+        let machine = Machine::boot(
+            env,
+            Kind::NestedHost { disk: None },
+            "host",
+            &initramfs,
+            dir,
+            &ports,
+        )?;
         sh_ok(
             &machine.agent,
             "ifconfig lo 127.0.0.1 up && test -c /dev/kvm && test -c /dev/vhost-vsock",
@@ -302,7 +300,7 @@ END"#,
 fn build_host<'a>(env: &'a Env, guests: &[GuestSpec], dir: &Path) -> Result<Initramfs<'a>> {
     let mut host = Initramfs::new(env)?;
     host.modules(&["kvm-amd", "vhost_vsock", "vsock_diag"])?;
-    add_upstream_tests(env, &mut host)?;
+    host.upstream_programs()?;
     add_qemu(&mut host)?;
     host.file("vmlinuz", &env.vmlinuz)?;
     for guest in guests {
@@ -320,20 +318,8 @@ fn build_guest(env: &Env, driver: Driver) -> Result<Initramfs<'_>> {
     guest.modules(&["virtio_net"])?;
     guest.driver(driver)?;
     guest.modules(&["vsock_diag"])?;
-    add_upstream_tests(env, &mut guest)?;
+    guest.upstream_programs()?;
     Ok(guest)
-}
-
-fn add_upstream_tests(env: &Env, image: &mut Initramfs) -> Result<()> {
-    for program in [
-        "vsock_test",
-        "vsock_perf",
-        "vsock_diag_test",
-        "vsock_uring_test",
-    ] {
-        image.file(&format!("bin/{program}"), &env.upstream.join(program))?;
-    }
-    Ok(())
 }
 
 /// QEMU as it is installed here, the libraries that it is linked with, and the firmware of a PC.

@@ -4,14 +4,20 @@
 
 use std::io::{Read, Write};
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
 use serde_json::json;
 
-use crate::lab::{expect_eq, wait_for, Guest, Lab, GUEST_CID, LIMIT, PORT};
+use vsock_device::packet::Op;
+
+use crate::lab::{expect_eq, wait_for, Guest, Lab, Peer, GUEST_CID, LIMIT, PORT};
 use crate::sockets::{ESTABLISHED, LISTEN};
 use crate::Driver;
 
 const HOST_CID: u32 = vsock_device::HOST_CID as u32;
+
+/// Ports of the host of connections that test packets one by one.
+const KEPT_PORT: u32 = 5000;
+const RESET_PORT: u32 = 5001;
 
 /// `struct af_vsockmon_hdr`: addresses, what the packet is for, and what follows.
 const MONITOR_HEADER: usize = 32;
@@ -112,6 +118,59 @@ pub fn vsockmon(lab: &Lab) -> Result<()> {
     drop(stream);
     let end = next_capture(&guest, capture, RST)?;
     expect_eq("what an RST is for", end.purpose, 2)?;
+    guest.close(capture).map_err(Into::into)
+}
+
+/// Packets that wait for the device are captured when they go, once, and those that are taken back are not.
+pub fn vsockmon_of_waiting_packets(lab: &Lab) -> Result<()> {
+    // More than the ring takes, and not more than the capturing socket does.
+    const PACKETS: usize = 100;
+    let guest = lab.guest_with_modules(&["vsockmon"])?;
+    guest.sh("ip link add name vsockmon0 type vsockmon && ip link set vsockmon0 up")?;
+    let mut peer = Peer::watch(&guest);
+    let listener = guest.listener(PORT)?;
+    let mut fds = Vec::new();
+    for host_port in [KEPT_PORT, RESET_PORT] {
+        peer.set_ports(host_port, PORT);
+        peer.send(Op::REQUEST);
+        peer.expect(Op::RESPONSE)?;
+        fds.push(guest.accept(listener)?);
+    }
+    let capture: i32 = guest
+        .start("packet_socket", json!({"interface": "vsockmon0"}))
+        .wait(LIMIT)?;
+    guest.device.hold_tx(true);
+    for at in 0..PACKETS {
+        for fd in &fds {
+            guest.send(*fd, &format!("packet {at}"))?;
+        }
+    }
+    peer.set_ports(RESET_PORT, PORT);
+    peer.send(Op::RST);
+    expect_eq(
+        "recv() of the reset one",
+        guest.recv(fds[1], 1)?,
+        String::new(),
+    )?;
+    guest.device.hold_tx(false);
+
+    let mut came = 0;
+    let mut came_of_other = 0;
+    while came < PACKETS {
+        let packet = peer.next("what waited")?;
+        let captured = next_capture(&guest, capture, Op::RW.0)?;
+        expect_eq("the capture", captured.payload, packet.payload)?;
+        expect_eq(
+            "its destination",
+            captured.destination,
+            (packet.dst_cid, packet.dst_port),
+        )?;
+        match packet.dst_port {
+            KEPT_PORT => came += 1,
+            _ => came_of_other += 1,
+        }
+    }
+    ensure!(came_of_other < PACKETS, "nothing was taken back");
     guest.close(capture).map_err(Into::into)
 }
 

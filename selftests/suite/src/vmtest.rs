@@ -1,0 +1,245 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Upstream's `vmtest.sh` (`tools/testing/selftests/vsock`), unmodified, on nested hosts: with guests that have this driver,
+//! installed as `make install` does, and with guests that have the C driver.
+//!
+//! `vmtest.sh` boots its guests with virtme-ng, whose root is the host's, and runs `vsock_test` and `socat` in guests, on the
+//! host and in network namespaces of it. The hosts have a [disk](crate::machine::Kind::NestedHost) with all that. What is
+//! not as it would be on a developer's machine lies in `selftests/vmtest/`: the limits of time, and udev.
+
+use std::fmt;
+use std::fs;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{bail, ensure, Context, Result};
+
+use crate::agent::{sh, sh_ok};
+use crate::initramfs::Initramfs;
+use crate::machine::{check_log, faults, Env, Kind, Machine, Port, BOOT_LIMIT, FIND_PORT};
+use crate::runner::Reporter;
+use crate::Driver;
+
+/// How long all tests may take with one driver. They take half an hour on a processor that does nothing else.
+const RUN_LIMIT: Duration = Duration::from_secs(4 * 3600);
+
+/// How often the results are looked at, to say what there is.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// What a guest's kernel log says of its driver, by `selftests/vmtest/systemd-udevd`.
+const DRIVER_NOTE: &str = "vmtest: the driver of the socket device is ";
+
+/// What a program of the guest's user space says goes to the kernel's log too.
+const USER_SPACE: &str = "virtme-ng-init: ";
+
+/// Where `vmtest.sh` lies on the disk.
+const SELFTEST: &str = "/usr/src/linux/tools/testing/selftests/vsock";
+
+/// The ports of the host that it writes to.
+const RESULTS: &str = "results";
+const DETAILS: &str = "details";
+
+/// What `vmtest.sh` says of one of its tests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Said {
+    Ok,
+    Skipped,
+    NotOk,
+}
+
+impl fmt::Display for Said {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Said::Ok => "ok",
+            Said::Skipped => "skipped",
+            Said::NotOk => "not ok",
+        })
+    }
+}
+
+/// The tests in the output of `vmtest.sh`, in its order.
+fn parse_results(output: &str) -> Vec<(String, Said)> {
+    let parse = |line: &str| {
+        let (ok, rest) = match line.strip_prefix("not ok ") {
+            Some(rest) => (false, rest),
+            None => (true, line.strip_prefix("ok ")?),
+        };
+        let mut words = rest.split_whitespace();
+        let _number: u32 = words.next()?.parse().ok()?;
+        let name = words.next()?.to_owned();
+        let said = match (ok, rest.ends_with("# SKIP")) {
+            (false, _) => Said::NotOk,
+            (true, true) => Said::Skipped,
+            (true, false) => Said::Ok,
+        };
+        Some((name, said))
+    };
+    output.lines().filter_map(parse).collect()
+}
+
+/// How many tests `vmtest.sh` has said that it will run.
+fn parse_plan(output: &str) -> Option<usize> {
+    output
+        .lines()
+        .find_map(|line| line.strip_prefix("1..")?.parse().ok())
+}
+
+/// Runs `tests`, or all, with both drivers side by side; returns whether each came to the same with both, and was ok.
+pub fn run(env: &Env, disk: &Path, tests: &[String]) -> Result<bool> {
+    let begun = Instant::now();
+    let (rs, c) = std::thread::scope(|scope| {
+        let rs = scope.spawn(|| run_with(env, disk, tests, Driver::Rs));
+        let c = run_with(env, disk, tests, Driver::C);
+        let rs = rs.join().map_err(|_| anyhow::anyhow!("a thread panicked"));
+        (rs.and_then(|rs| rs), c)
+    });
+    let rs = rs.context("with virtio_vsock_rs")?;
+    let c = c.context("with the C driver")?;
+
+    println!("\n{:55} virtio_vsock_rs  C driver", "vmtest.sh");
+    let reporter = Reporter::new(Driver::Rs);
+    for ((name, with_rs), (_, with_c)) in rs.iter().zip(&c) {
+        println!("{name:55} {with_rs:15}  {with_c}");
+    }
+    println!();
+    for ((name, with_rs), (name_with_c, with_c)) in rs.iter().zip(&c) {
+        ensure!(name == name_with_c, "{name} ran beside {name_with_c}");
+        let full_name = format!("vmtest::{name}");
+        if *with_rs == Said::Ok && with_rs == with_c {
+            reporter.passed(&full_name, begun);
+        } else {
+            let why = format!("{with_rs}; with the C driver: {with_c}");
+            reporter.failed(&full_name, begun, &why);
+        }
+    }
+    let tally = reporter.tally();
+    println!("{tally}");
+    Ok(tally.failed == 0)
+}
+
+/// Runs `tests`, or all, in guests that have `driver`, on a host of their own.
+fn run_with(
+    env: &Env,
+    disk: &Path,
+    tests: &[String],
+    driver: Driver,
+) -> Result<Vec<(String, Said)>> {
+    let dir = env.run_dir("vmtest")?;
+    let host = boot_host(env, disk, driver, &dir)?;
+    let (results, details) = (host.port_file(RESULTS), host.port_file(DETAILS));
+    let script = format!(
+        "{FIND_PORT}
+        cat <>/disk/dev/stdout >$(port {DETAILS}) 2>/dev/null &
+        chroot /disk /usr/bin/env -i HOME=/root USER=root LC_ALL=C.UTF-8 \
+            PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin \
+            bash -c 'cd {SELFTEST} && ./vmtest.sh -v {tests}' \
+            </dev/null >$(port {RESULTS}) 2>/disk/dev/stdout",
+        tests = tests.join(" "),
+    );
+    let read =
+        |path: &Path| String::from_utf8_lossy(&fs::read(path).unwrap_or_default()).into_owned();
+    let mut shown = 0;
+    let ended = std::thread::scope(|scope| {
+        let running = scope.spawn(|| sh(&host.agent, &script, RUN_LIMIT));
+        while !running.is_finished() {
+            std::thread::sleep(PROGRESS_INTERVAL);
+            for (name, said) in parse_results(&read(&results)).iter().skip(shown) {
+                eprintln!("  {}: {said} {name}", driver.module());
+                shown += 1;
+            }
+        }
+        running
+            .join()
+            .map_err(|_| anyhow::anyhow!("a thread panicked"))
+    })??;
+
+    let output = read(&results);
+    let log = read(&details);
+    let said = parse_results(&output);
+    if parse_plan(&output) != Some(said.len()) || said.is_empty() {
+        let lines: Vec<_> = log.lines().collect();
+        bail!(
+            "vmtest.sh ended with status {} and said: {output}\nthe end of {}:\n{}",
+            ended.status,
+            details.display(),
+            lines[lines.len().saturating_sub(15)..].join("\n")
+        );
+    }
+    let drivers: Vec<_> = log
+        .lines()
+        .filter_map(|line| Some(line.split_once(DRIVER_NOTE)?.1.trim()))
+        .collect();
+    ensure!(
+        drivers.iter().all(|name| *name == driver.module()),
+        "guests had other drivers: {drivers:?}"
+    );
+    ensure!(
+        !drivers.is_empty() || said.iter().all(|(name, _)| is_of_the_host(name)),
+        "no guest said which driver it had: {}",
+        details.display()
+    );
+    let in_guests: Vec<_> = faults(&log)
+        .into_iter()
+        .filter(|line| !line.contains(USER_SPACE))
+        .collect();
+    ensure!(
+        in_guests.is_empty(),
+        "the kernels of guests say:\n{}",
+        in_guests.join("\n")
+    );
+    check_log("the host", &host.log())?;
+    Ok(said)
+}
+
+/// Whether a test of `vmtest.sh` boots no guest.
+fn is_of_the_host(test: &str) -> bool {
+    test.starts_with("ns_host_") || test.contains("loopback") && test.starts_with("ns_")
+}
+
+/// Boots a host with the disk at `/disk`, whose guests have `driver`.
+fn boot_host(env: &Env, disk: &Path, driver: Driver, dir: &Path) -> Result<Machine> {
+    let initramfs = dir.join("host.cpio");
+    let mut host = Initramfs::new(env)?;
+    host.modules(&["virtio_blk", "ext4"])?;
+    host.modules(&["kvm-amd", "vhost_vsock", "vsock_diag", "vsock_loopback"])?;
+    host.write(&initramfs)?;
+    let ports = [RESULTS, DETAILS].map(|name| Port::File(name.to_owned()));
+    let kind = Kind::NestedHost { disk: Some(disk) };
+    let machine = Machine::boot(env, kind, "host", &initramfs, dir, &ports)?;
+    let other = match driver {
+        Driver::Rs => Driver::C,
+        Driver::C => Driver::Rs,
+    };
+    // vmtest.sh and virtme-ng write their details to /dev/stdout, and the results to what is standard output.
+    let script = format!(
+        "mkdir /disk && mount -t ext4 /dev/vda /disk && cd /disk && ifconfig lo 127.0.0.1 up || exit 1
+        echo blacklist {} >etc/modprobe.d/virtio_vsock_rs.conf
+        mount -t proc proc proc && mount -t sysfs sysfs sys && mount -t devtmpfs devtmpfs dev &&
+            mkdir -p dev/pts dev/shm && mount -t devpts devpts dev/pts && mount -t tmpfs tmpfs dev/shm &&
+            mount -t tmpfs tmpfs run && mount -t tmpfs -o mode=1777 tmpfs tmp &&
+            ln -s /proc/self/fd dev/fd && mkfifo dev/stdout && test -c dev/kvm && test -c dev/vhost-vsock",
+        other.module(),
+    );
+    sh_ok(&machine.agent, &script, BOOT_LIMIT).context("setting up the nested host")?;
+    Ok(machine)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_line_of_a_result_counts() {
+        let output = "1..4\nok 1 vm_loopback\nnot ok 2 ns_a # exit=1\nok 3 ns_b # SKIP\nSUMMARY: PASS=1 SKIP=1 FAIL=1\n";
+        let expected = [
+            ("vm_loopback", Said::Ok),
+            ("ns_a", Said::NotOk),
+            ("ns_b", Said::Skipped),
+        ];
+        assert_eq!(
+            parse_results(output),
+            expected.map(|(name, said)| (name.to_owned(), said))
+        );
+        assert_eq!(parse_plan(output), Some(4));
+    }
+}
