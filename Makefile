@@ -78,7 +78,7 @@ help:
 	@echo '  KDIR=$(KDIR)'
 	@echo '  VSOCK_CACHE=$(VSOCK_CACHE)   where set-up puts everything'
 	@echo '  SUITE=trixie-backports  FLAVOUR=cloud-amd64  KERNEL_VERSION=7.3.*   which kernel to test with'
-	@echo '                          (FLAVOUR=debug or kcsan: a kernel of our own, from selftests/kernel/)'
+	@echo '                          (FLAVOUR=debug, kcsan or vanilla: a kernel of our own, from selftests/kernel/)'
 	@echo '  KERNEL=                 or one whole release, such as 7.3.4+deb13-cloud-amd64'
 	@echo '  KERNELS=                the kernels of test-all; default: selftests/kernel/list'
 	@echo '  MIRROR=                 an apt mirror; default: the one that this machine uses'

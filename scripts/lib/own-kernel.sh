@@ -3,7 +3,7 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Kernels that we build ourselves, from the source of the stock kernel, with the configurations in selftests/kernel/:
-# each finds a kind of fault that a stock kernel does not look for. FLAVOUR names one: debug or kcsan.
+# each finds a kind of fault that a stock kernel does not look for. FLAVOUR names one: debug, kcsan or vanilla.
 
 OWN_KERNELS=$SOURCE_DIR/selftests/kernel
 
@@ -49,8 +49,9 @@ ensure_own_kernel() {
 
 build_own_kernel() {
     local tree=$KERNEL_TREE option fragments=("$OWN_KERNELS/guest.config" "$OWN_KERNELS/${KERNEL##*-}.config")
+    local make=(in_root make -C "$KERNEL_SOURCE" -j"$JOBS" O="$tree" KERNELRELEASE="$KERNEL")
     # The checkers of both C and Rust code need clang.
-    local make=(in_root make -C "$KERNEL_SOURCE" -j"$JOBS" O="$tree" LLVM=1 KERNELRELEASE="$KERNEL")
+    grep -qx CONFIG_CC_IS_GCC=y "${fragments[@]}" || make+=(LLVM=1)
     rm -f "$KERNEL_DIR/recipe"
     mkdir -p "$tree"
     "${make[@]}" tinyconfig

@@ -72,6 +72,8 @@ fill_vmtest_folder() {
     install "$VMTEST_FILES/systemd-udevd" "$folder/usr/lib/systemd/"
     install "$VMTEST_FILES/udevadm" "$folder/usr/bin/"
     install "$VMTEST_FILES/timeout" "$folder/usr/local/sbin/"
+    # vmtest.sh tries again until a guest's SSH server answers; one that never does would hold it up.
+    say "ConnectTimeout 60" >"$folder/etc/ssh/ssh_config.d/vmtest.conf"
 }
 
 make_vmtest_disk() {
