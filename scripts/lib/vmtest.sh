@@ -72,14 +72,19 @@ fill_vmtest_folder() {
     install "$VMTEST_FILES/systemd-udevd" "$folder/usr/lib/systemd/"
     install "$VMTEST_FILES/udevadm" "$folder/usr/bin/"
     install "$VMTEST_FILES/timeout" "$folder/usr/local/sbin/"
-    # vmtest.sh tries again until a guest's SSH server answers; one that never does would hold it up.
-    say "ConnectTimeout 60" >"$folder/etc/ssh/ssh_config.d/vmtest.conf"
+    # virtme-ng's init sets the network up beside udev, and leaves it when its driver is not there yet. vmtest.sh is made for
+    # kernels that have it built in.
+    sed -i 's/^MODALIASES = \[$/&\n    "virtio:d00000001v00001AF4",/' \
+        "$folder"/usr/local/lib/python3*/dist-packages/virtme/virtmods.py
+    # A guest that does not answer would hold vmtest.sh up for ever.
+    printf '%s\n' 'ConnectTimeout 60' 'ServerAliveInterval 60' >"$folder/etc/ssh/ssh_config.d/vmtest.conf"
 }
 
 make_vmtest_disk() {
-    local folder=$1 disk=$1.disk
+    local folder=$1 new=$1.disk.new
     in_root depmod --basedir "$folder" "$KERNEL"
-    truncate --size=0 "$disk"
-    truncate --size=3G "$disk"
-    in_root mke2fs -q -t ext4 -d "$folder" "$disk"
+    rm -f "$new"
+    truncate --size=3G "$new"
+    in_root mke2fs -q -t ext4 -d "$folder" "$new"
+    mv "$new" "$folder.disk"
 }

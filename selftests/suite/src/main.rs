@@ -99,8 +99,11 @@ enum Command {
         #[arg(long)]
         seed: Option<u64>,
     },
-    /// Runs upstream's vmtest.sh on nested hosts, with this driver and with the C driver, and compares
+    /// Runs upstream's vmtest.sh on nested hosts, one for each driver
     Vmtest {
+        /// The drivers of the guests; the first is under test, others stand beside it
+        #[arg(long = "driver", value_enum, default_values_t = [Driver::Rs, Driver::C])]
+        drivers: Vec<Driver>,
         /// The hosts' disk, which `scripts/setup vmtest` makes
         #[arg(long)]
         disk: PathBuf,
@@ -227,7 +230,11 @@ fn carry_out(arguments: Arguments) -> Result<bool> {
             env.seed = seed.unwrap_or(env.seed);
             run(&env, &filters, jobs, driver, repeat)?
         }
-        Command::Vmtest { disk, tests } => vmtest::run(&env, &disk, &tests)?,
+        Command::Vmtest {
+            drivers,
+            disk,
+            tests,
+        } => vmtest::run(&env, &disk, &drivers, &tests)?,
         Command::Demo => demo::run(&env)?,
         Command::Bench { runs } => {
             let table = host_tier::bench(&env, runs, &mut |progress| eprintln!("  {progress}"))?;
@@ -251,7 +258,7 @@ fn run(env: &Env, filters: &[String], jobs: usize, driver: Driver, repeat: u32) 
     let wanted = |name: &str| {
         filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()))
     };
-    let reporter = Reporter::new(driver);
+    let reporter = Reporter::new(driver, "make test TESTS=");
     let mut selected = tests::all(env);
     selected.retain(|test| wanted(test.name));
     for _ in 0..repeat {

@@ -41,13 +41,16 @@ impl std::fmt::Display for Tally {
 pub struct Reporter {
     tally: Mutex<Tally>,
     driver: Driver,
+    /// What runs a test whose name follows.
+    command: &'static str,
 }
 
 impl Reporter {
-    pub fn new(driver: Driver) -> Self {
+    pub fn new(driver: Driver, command: &'static str) -> Self {
         Self {
             tally: Mutex::default(),
             driver,
+            command,
         }
     }
 
@@ -64,8 +67,9 @@ impl Reporter {
         };
         let why = why.replace('\n', "\n        ");
         println!(
-            "FAILED  {:6.1} s  {name}{driver}\n        {why}\n        again: make test TESTS={name}",
-            begun.elapsed().as_secs_f64()
+            "FAILED  {:6.1} s  {name}{driver}\n        {why}\n        again: {}{name}",
+            begun.elapsed().as_secs_f64(),
+            self.command
         );
     }
 

@@ -12,7 +12,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{bail, ensure, Context, Result};
+use anyhow::{anyhow, bail, ensure, Context, Result};
 
 use crate::agent::{sh, sh_ok};
 use crate::initramfs::Initramfs;
@@ -49,7 +49,7 @@ enum Said {
 
 impl fmt::Display for Said {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
+        f.write_str(match self {
             Said::Ok => "ok",
             Said::Skipped => "skipped",
             Said::NotOk => "not ok",
@@ -84,32 +84,49 @@ fn parse_plan(output: &str) -> Option<usize> {
         .find_map(|line| line.strip_prefix("1..")?.parse().ok())
 }
 
-/// Runs `tests`, or all, with both drivers side by side; returns whether each came to the same with both, and was ok.
-pub fn run(env: &Env, disk: &Path, tests: &[String]) -> Result<bool> {
+/// Runs `tests`, or all, with each of the drivers, side by side; returns whether all were ok with the first. What they came
+/// to with another stands beside that.
+pub fn run(env: &Env, disk: &Path, drivers: &[Driver], tests: &[String]) -> Result<bool> {
     let begun = Instant::now();
-    let (rs, c) = std::thread::scope(|scope| {
-        let rs = scope.spawn(|| run_with(env, disk, tests, Driver::Rs));
-        let c = run_with(env, disk, tests, Driver::C);
-        let rs = rs.join().map_err(|_| anyhow::anyhow!("a thread panicked"));
-        (rs.and_then(|rs| rs), c)
+    let lists = std::thread::scope(|scope| {
+        let runs: Vec<_> = drivers
+            .iter()
+            .map(|driver| scope.spawn(|| run_with(env, disk, tests, *driver)))
+            .collect();
+        let lists = runs.into_iter().zip(drivers).map(|(run, driver)| {
+            let list = run.join().map_err(|_| anyhow!("a thread panicked"));
+            list.and_then(|list| list)
+                .with_context(|| format!("vmtest.sh with {}", driver.module()))
+        });
+        // All are waited for, also when one has failed.
+        lists.collect::<Vec<_>>()
     });
-    let rs = rs.context("with virtio_vsock_rs")?;
-    let c = c.context("with the C driver")?;
+    let lists = lists.into_iter().collect::<Result<Vec<_>>>()?;
+    let (first, driver) = match (lists.first(), drivers.first()) {
+        (Some(first), Some(driver)) => (first, driver),
+        _ => bail!("no driver was given"),
+    };
 
-    println!("\n{:55} virtio_vsock_rs  C driver", "vmtest.sh");
-    let reporter = Reporter::new(Driver::Rs);
-    for ((name, with_rs), (_, with_c)) in rs.iter().zip(&c) {
-        println!("{name:55} {with_rs:15}  {with_c}");
+    let said = |list: &[(String, Said)], name: &str| {
+        let found = list.iter().find(|(of, _)| of == name);
+        found.map_or_else(|| "-".to_owned(), |(_, said)| said.to_string())
+    };
+    print!("\n{:50}", "vmtest.sh");
+    for driver in drivers {
+        print!("  {:26}", driver.module());
     }
-    println!();
-    for ((name, with_rs), (name_with_c, with_c)) in rs.iter().zip(&c) {
-        ensure!(name == name_with_c, "{name} ran beside {name_with_c}");
-        let full_name = format!("vmtest::{name}");
-        if *with_rs == Said::Ok && with_rs == with_c {
-            reporter.passed(&full_name, begun);
-        } else {
-            let why = format!("{with_rs}; with the C driver: {with_c}");
-            reporter.failed(&full_name, begun, &why);
+    for (name, _) in first {
+        print!("\n{name:50}");
+        for list in &lists {
+            print!("  {:26}", said(list, name));
+        }
+    }
+    println!("\n");
+    let reporter = Reporter::new(*driver, "make test-vmtest TESTS=");
+    for (name, with_first) in first {
+        match with_first {
+            Said::Ok => reporter.passed(name, begun),
+            _ => reporter.failed(name, begun, &with_first.to_string()),
         }
     }
     let tally = reporter.tally();
@@ -148,9 +165,7 @@ fn run_with(
                 shown += 1;
             }
         }
-        running
-            .join()
-            .map_err(|_| anyhow::anyhow!("a thread panicked"))
+        running.join().map_err(|_| anyhow!("a thread panicked"))
     })??;
 
     let output = read(&results);
