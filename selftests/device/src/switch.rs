@@ -197,7 +197,16 @@ impl Switch {
         if device.guest_cid() != old_cid {
             state.devices.remove(&old_cid);
         }
-        state.parked.retain(|packet| packet.dst_cid != old_cid);
+        let (parked, others): (Vec<_>, _) = std::mem::take(&mut state.parked)
+            .into_iter()
+            .partition(|packet| packet.dst_cid == old_cid);
+        state.parked = others;
+        for packet in parked {
+            // Whoever has a connection is told of its end; who asks for one has none.
+            if packet.op == Op::REQUEST {
+                let _ = state.deliver(packet.reply(Op::RST));
+            }
+        }
         let is_lost = |link: &Link| link.seen_by(old_cid).is_some();
         let (lost, others): (Vec<_>, _) = state.links.iter().copied().partition(is_lost);
         state.links = others;
@@ -309,8 +318,9 @@ mod tests {
             .collect()
     }
 
-    #[test]
-    fn a_packet_to_a_guest_between_devices_waits_for_it() {
+    /// A guest that has another one for a peer leaves its device and begins at another, with a driver that accepts
+    /// `features`; the peer sends `packet` to it meanwhile. Gives what waits for the peer, and for the guest, then.
+    fn send_between_devices(packet: Packet, features: u64) -> [Vec<(Op, u64)>; 2] {
         let folder = tempfile::tempdir().unwrap();
         let switch = Switch::new();
         let start = |cid: u64| {
@@ -321,15 +331,32 @@ mod tests {
         let state = source.shared.save();
         // Its threads may hold on to it for a while.
         lock(&switch.state).devices.remove(&4);
-        switch.route(&peer.shared, packet_between_guests());
+        switch.route(&peer.shared, packet);
         assert_eq!(waiting(&peer), []);
 
         let destination = start(5);
         let accepted = &destination.shared.accepted_features;
-        accepted.store(FEATURE_CHECKPOINT, Ordering::Relaxed);
+        accepted.store(features, Ordering::Relaxed);
         destination.shared.load(state).unwrap();
         destination.shared.begin();
-        assert_eq!(waiting(&destination), [(Op::RW, 5)]);
+        [waiting(&peer), waiting(&destination)]
+    }
+
+    #[test]
+    fn a_packet_to_a_guest_between_devices_waits_for_it() {
+        let [_, for_guest] = send_between_devices(packet_between_guests(), FEATURE_CHECKPOINT);
+        assert_eq!(for_guest, [(Op::RW, 5)]);
+    }
+
+    #[test]
+    fn a_request_to_a_guest_that_begins_without_its_connections_is_refused() {
+        let request = Packet {
+            op: Op::REQUEST,
+            ..packet_between_guests()
+        };
+        let [for_peer, for_guest] = send_between_devices(request, 0);
+        assert_eq!(for_peer, [(Op::RST, 9)]);
+        assert_eq!(for_guest, []);
     }
 
     #[test]
