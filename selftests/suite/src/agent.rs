@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender};
+use std::sync::mpsc::{channel, Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -67,6 +67,23 @@ impl Pending {
     pub fn wait<T: DeserializeOwned>(self, limit: Duration) -> Result<T, CallError> {
         let value = self.wait_for(limit)?;
         serde_json::from_value(value).map_err(|error| CallError::Lost(error.into()))
+    }
+
+    /// The result, where there is one yet.
+    pub fn poll<T: DeserializeOwned>(&self) -> Result<Option<T>, CallError> {
+        match self.answer.try_recv() {
+            Ok(answer) => {
+                let value = answer.map_err(CallError::Errno)?;
+                serde_json::from_value(value)
+                    .map(Some)
+                    .map_err(|error| CallError::Lost(error.into()))
+            }
+            Err(TryRecvError::Empty) => Ok(None),
+            Err(TryRecvError::Disconnected) => Err(CallError::Lost(anyhow!(
+                "the machine went away during {}",
+                self.what
+            ))),
+        }
     }
 
     fn wait_for(&self, limit: Duration) -> Result<Value, CallError> {
