@@ -29,6 +29,9 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 /// for so long is run once more, on another host.
 const SILENCE: Duration = Duration::from_secs(90);
 
+/// Or QEMU in the host stops the guest with this, and vmtest.sh would wait for its SSH server for an hour.
+const EMULATION_FAILED: &str = "KVM internal error";
+
 /// After so long a silence the host is given up.
 const LONG_SILENCE: Duration = Duration::from_secs(400);
 
@@ -235,7 +238,10 @@ fn run_once(env: &Env, disk: &Path, tests: &[String], driver: Driver) -> Result<
             silence.longest = Duration::ZERO;
             said.push((name, outcome));
         }
-        if ended.is_some() || silence.since.elapsed() > LONG_SILENCE {
+        let is_over = ended.is_some()
+            || silence.since.elapsed() > LONG_SILENCE
+            || read(&details).contains(EMULATION_FAILED);
+        if is_over {
             break ended;
         }
         std::thread::sleep(PROGRESS_INTERVAL);
