@@ -3,7 +3,8 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Kernels that we build ourselves, from the source of the stock kernel, with the configurations in selftests/kernel/:
-# each finds a kind of fault that a stock kernel does not look for. FLAVOUR names one: debug, kcsan or vanilla.
+# debug and kcsan find faults that a stock kernel does not look for, vanilla has no distribution's configuration.
+# FLAVOUR names one.
 
 OWN_KERNELS=$SOURCE_DIR/selftests/kernel
 

@@ -95,8 +95,7 @@ impl<'a> Initramfs<'a> {
         fs::read_to_string(&path).with_context(|| format!("reading {}", path.display()))
     }
 
-    /// Whether the kernel has this as a module.
-    pub fn is_module(&self, name: &str) -> Result<bool> {
+    fn is_module(&self, name: &str) -> Result<bool> {
         Ok(self.index()?.contains(&format!("/{name}.ko")))
     }
 
@@ -161,6 +160,14 @@ impl<'a> Initramfs<'a> {
     pub fn program_in_bin(&mut self, program: &Path) -> Result<()> {
         let name = program.file_name().context("the program has no name")?;
         self.file(&format!("bin/{}", name.to_string_lossy()), program)
+    }
+
+    /// Makes it that of a guest for upstream's test programs, with a driver and a network.
+    pub fn guest_for_upstream(&mut self, driver: Driver) -> Result<()> {
+        self.modules(&["virtio_net"])?;
+        self.driver(driver)?;
+        self.modules(&["vsock_diag"])?;
+        self.upstream_programs()
     }
 
     /// Adds upstream's test programs, in `/bin`.

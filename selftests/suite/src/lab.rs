@@ -134,12 +134,7 @@ impl<'a> Lab<'a> {
             ..Hardware::default()
         };
         let guest = self.boot(cid, &hardware, |initramfs| {
-            if initramfs.is_module("virtio_net")? {
-                initramfs.modules(&["virtio_net"])?;
-            }
-            initramfs.driver(self.driver)?;
-            initramfs.modules(&["vsock_diag"])?;
-            initramfs.upstream_programs()
+            initramfs.guest_for_upstream(self.driver)
         })?;
         let address = network_address(cid);
         guest.sh(&format!(

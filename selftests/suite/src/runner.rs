@@ -152,7 +152,8 @@ fn check_logs(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-fn tail(console: &Path) -> String {
+/// The last lines of a console, for a message.
+pub fn tail(console: &Path) -> String {
     let log = std::fs::read(console).unwrap_or_default();
     let log = String::from_utf8_lossy(&log);
     let lines: Vec<_> = log.lines().collect();

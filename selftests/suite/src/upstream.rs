@@ -410,14 +410,15 @@ mod tests {
         "ID\tTest name\n0\tSOCK_STREAM connection reset\n1\tSOCK_STREAM poll() + SO_RCVLOWAT\n";
 
     #[test]
-    fn a_list_gives_numbers_and_names() {
-        let tests = parse_list(LIST).unwrap();
+    fn a_list_gives_numbers_and_names() -> Result<()> {
+        let tests = parse_list(LIST)?;
         assert_eq!(tests.len(), 2);
         assert_eq!(tests[1].id, 1);
         assert_eq!(
             tests[1].full_name(Role::GuestClient),
             "host_tier::guest_client::sock_stream_poll_so_rcvlowat"
         );
+        Ok(())
     }
 
     #[test]

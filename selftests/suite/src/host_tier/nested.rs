@@ -315,10 +315,7 @@ fn build_host<'a>(env: &'a Env, guests: &[GuestSpec], dir: &Path) -> Result<Init
 
 fn build_guest(env: &Env, driver: Driver) -> Result<Initramfs<'_>> {
     let mut guest = Initramfs::new(env)?;
-    guest.modules(&["virtio_net"])?;
-    guest.driver(driver)?;
-    guest.modules(&["vsock_diag"])?;
-    guest.upstream_programs()?;
+    guest.guest_for_upstream(driver)?;
     Ok(guest)
 }
 

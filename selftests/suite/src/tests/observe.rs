@@ -48,6 +48,14 @@ impl Captured {
     }
 }
 
+/// A packet socket on a vsockmon device.
+fn start_capture(guest: &Guest) -> Result<i32> {
+    guest.sh("ip link add name vsockmon0 type vsockmon && ip link set vsockmon0 up")?;
+    Ok(guest
+        .start("packet_socket", json!({"interface": "vsockmon0"}))
+        .wait(LIMIT)?)
+}
+
 /// The next packet on a packet socket that is for `operation`.
 fn next_capture(guest: &Guest, fd: i32, operation: u16) -> Result<Captured> {
     loop {
@@ -69,10 +77,7 @@ pub fn vsockmon(lab: &Lab) -> Result<()> {
     const RST: u16 = 3;
     const RW: u16 = 5;
     let guest = lab.guest_with_modules(&["vsockmon"])?;
-    guest.sh("ip link add name vsockmon0 type vsockmon && ip link set vsockmon0 up")?;
-    let capture: i32 = guest
-        .start("packet_socket", json!({"interface": "vsockmon0"}))
-        .wait(LIMIT)?;
+    let capture = start_capture(&guest)?;
     let listener = guest.listener(PORT)?;
     let mut stream = guest.connect_from_host(PORT)?;
     let fd = guest.accept(listener)?;
@@ -126,7 +131,6 @@ pub fn vsockmon_of_waiting_packets(lab: &Lab) -> Result<()> {
     // More than the ring takes, and not more than the capturing socket does.
     const PACKETS: usize = 100;
     let guest = lab.guest_with_modules(&["vsockmon"])?;
-    guest.sh("ip link add name vsockmon0 type vsockmon && ip link set vsockmon0 up")?;
     let mut peer = Peer::watch(&guest);
     let listener = guest.listener(PORT)?;
     let mut fds = Vec::new();
@@ -136,9 +140,7 @@ pub fn vsockmon_of_waiting_packets(lab: &Lab) -> Result<()> {
         peer.expect(Op::RESPONSE)?;
         fds.push(guest.accept(listener)?);
     }
-    let capture: i32 = guest
-        .start("packet_socket", json!({"interface": "vsockmon0"}))
-        .wait(LIMIT)?;
+    let capture = start_capture(&guest)?;
     guest.device.hold_tx(true);
     for at in 0..PACKETS {
         for fd in &fds {
