@@ -13,7 +13,7 @@ mod protocol;
 
 use af_vsock_glue::{
     transport, virtio,
-    workqueue::{Drained, OwnedQueue},
+    workqueue::{Drained, OwnedQueue, Priority},
 };
 use driver::{
     statistics::{DebugFs, Statistics},
@@ -40,17 +40,24 @@ struct VsockModule {
     _transport: transport::Registration<VsockDriver>,
     #[pin]
     _debugfs: DebugFs,
-    _work: Drained,
+    _work_in_turn: Drained,
+    _work_at_once: Drained,
 }
 
 impl kernel::InPlaceModule for VsockModule {
     fn init(module: &'static ThisModule) -> impl PinInit<Self, Error> {
         pin_init::pin_init_scope(move || {
             let statistics = Arc::new(Statistics::default(), GFP_KERNEL)?;
-            let workqueue = Arc::new(OwnedQueue::new(c"virtio_vsock_rs")?, GFP_KERNEL)?;
-            let driver = VsockDriver::new(workqueue.clone(), statistics.clone())?;
+            let work_at_once = OwnedQueue::new(c"virtio_vsock_rs", Priority::BeforePrograms)?;
+            let work_in_turn = OwnedQueue::new(c"virtio_vsock_rs_turn", Priority::AsPrograms)?;
+            let driver = VsockDriver::new(
+                work_at_once.clone(),
+                work_in_turn.clone(),
+                statistics.clone(),
+            )?;
             Ok(try_pin_init!(Self {
-                _work: Drained::new(workqueue),
+                _work_in_turn: Drained::new(work_in_turn),
+                _work_at_once: Drained::new(work_at_once),
                 _debugfs <- DebugFs::new(statistics),
                 // First, because nothing may fail once sockets can be given to the transport.
                 _device_driver <- virtio::Registration::new(

@@ -340,9 +340,9 @@ int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb, unsigned int le
 	return virtqueue_add_inbuf(vq, &sg, 1, skb, GFP_KERNEL);
 }
 
-struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name)
+struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name, bool is_high)
 {
-	return alloc_workqueue("%s", WQ_PERCPU | WQ_HIGHPRI, 0, name);
+	return alloc_workqueue("%s", WQ_PERCPU | (is_high ? WQ_HIGHPRI : 0), 0, name);
 }
 
 bool vsock_glue_ratelimit(void)

@@ -104,7 +104,7 @@ int vsock_glue_add_out(struct virtqueue *vq, struct sk_buff *skb);
 int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb, unsigned int len);
 
 /* workqueue */
-struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name);
+struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name, bool is_high);
 void vsock_glue_cond_resched(void);
 bool vsock_glue_ratelimit(void);
 

@@ -121,7 +121,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
 
     /// Sends up to `len` bytes of a message. Returns how many; 0 where the peer has no room.
     fn send(
-        &self,
+        self: ArcBorrow<'_, Self>,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Self::Connection>,
         message: &mut MessageSource,
@@ -131,7 +131,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     /// Sends up to `len` bytes, which are all that is left of a message of a seqpacket socket. Returns how
     /// many; 0 where the peer has no room. EMSGSIZE where it never will have.
     fn send_message(
-        &self,
+        self: ArcBorrow<'_, Self>,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Self::Connection>,
         message: &mut MessageSource,

@@ -8,6 +8,15 @@ use super::bindings;
 use core::{ops::Deref, ptr::NonNull};
 use kernel::{prelude::*, sync::Arc, workqueue::Queue};
 
+/// When the work of a queue gets the CPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Priority {
+    /// At once, as other network devices have it in softirqs (`WQ_HIGHPRI`).
+    BeforePrograms,
+    /// When it is its turn, like a program.
+    AsPrograms,
+}
+
 /// An owned workqueue. The last reference may not be dropped by work of its own: see [`Drained`].
 ///
 /// # Invariants
@@ -21,13 +30,14 @@ unsafe impl Send for OwnedQueue {}
 unsafe impl Sync for OwnedQueue {}
 
 impl OwnedQueue {
-    /// Makes a workqueue that runs work on the CPU which queued it, before the programs there. Other network devices do so in
-    /// softirqs.
-    pub(crate) fn new(name: &CStr) -> Result<Self> {
+    /// Makes a workqueue that runs work on the CPU which queued it.
+    pub(crate) fn new(name: &CStr, priority: Priority) -> Result<Arc<Self>> {
+        let is_high = priority == Priority::BeforePrograms;
         // SAFETY: `name` is a C string, which the function copies.
-        let queue = unsafe { bindings::vsock_glue_alloc_workqueue(name.as_char_ptr()) };
+        let queue = unsafe { bindings::vsock_glue_alloc_workqueue(name.as_char_ptr(), is_high) };
         // INVARIANT: It was made here.
-        NonNull::new(queue).map(Self).ok_or(ENOMEM)
+        let queue = NonNull::new(queue).map(Self).ok_or(ENOMEM)?;
+        Ok(Arc::new(queue, GFP_KERNEL)?)
     }
 
     /// The C workqueue.

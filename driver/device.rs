@@ -15,7 +15,7 @@ use crate::{
 };
 use kernel::{
     prelude::*,
-    sync::{atomic::Relaxed, ArcBorrow},
+    sync::{atomic::Relaxed, Arc, ArcBorrow},
 };
 
 /// virtio device type of the socket device (virtio 5.10.1).
@@ -73,8 +73,8 @@ impl Driver for VsockDriver {
 
     fn queue_used(this: ArcBorrow<'_, Self>, queue: u32) {
         match queue {
-            queue::RX => queue_work::<{ work::RX }>(this.into()),
-            queue::TX => queue_work::<{ work::TX }>(this.into()),
+            queue::RX => Arc::from(this).queue_moderated_work::<{ work::RX }>(),
+            queue::TX => Arc::from(this).queue_moderated_work::<{ work::TX }>(),
             queue::EVENT => queue_work::<{ work::EVENTS }>(this.into()),
             _ => {}
         }

@@ -7,6 +7,7 @@
 //! | [`device`] | the device comes and goes: probe, remove, freeze, restore |
 //! | [`rx`] | packets from the device: which socket they are for, and what follows |
 //! | [`backlog`] | packets that wait for room in the transmit virtqueue, fairly |
+//! | [`moderation`] | whether packets are handled before the program that runs goes on, or after its turn |
 //! | [`tx`] | packets to the device: the virtqueue, and what waits for room in it |
 //! | [`events`] | the device says that connections are gone |
 //! | [`updates`] | the device says which connections go on by other addresses |
@@ -21,6 +22,7 @@ pub(crate) mod backlog;
 pub(crate) mod connection;
 pub(crate) mod device;
 pub(crate) mod events;
+pub(crate) mod moderation;
 pub(crate) mod rx;
 pub(crate) mod sockets;
 pub(crate) mod statistics;
@@ -95,8 +97,12 @@ pub(crate) struct VsockDriver {
 
     statistics: Arc<statistics::Statistics>,
 
-    /// Runs the work above and the close timeouts of sockets.
-    workqueue: Arc<OwnedQueue>,
+    moderation: moderation::Moderation,
+
+    /// Runs the work above and the close timeouts of sockets, before programs run.
+    work_at_once: Arc<OwnedQueue>,
+    /// Runs the work above that [`moderation`] lets wait, as programs run.
+    work_in_turn: Arc<OwnedQueue>,
 }
 
 impl_has_work! {
@@ -139,9 +145,10 @@ impl WorkItem<{ work::DEVICE }> for VsockDriver {
 }
 
 impl VsockDriver {
-    /// A driver without a device. `workqueue` has to outlive all uses of the result.
+    /// A driver without a device. The workqueues have to outlive all uses of the result.
     pub(crate) fn new(
-        workqueue: Arc<OwnedQueue>,
+        work_at_once: Arc<OwnedQueue>,
+        work_in_turn: Arc<OwnedQueue>,
         statistics: Arc<statistics::Statistics>,
     ) -> Result<Arc<Self>> {
         Arc::pin_init(
@@ -161,7 +168,9 @@ impl VsockDriver {
                 event_work <- new_work!("virtio_vsock_rs_event_work"),
                 device_work <- new_work!("virtio_vsock_rs_device_work"),
                 statistics,
-                workqueue,
+                moderation: moderation::Moderation::new(),
+                work_at_once,
+                work_in_turn,
             }),
             GFP_KERNEL,
         )
@@ -218,7 +227,7 @@ where
     VsockDriver: WorkItem<ID, Pointer = Arc<VsockDriver>>,
     VsockDriver: kernel::workqueue::HasWork<VsockDriver, ID>,
 {
-    let queue = driver.workqueue.clone();
+    let queue = driver.work_at_once.clone();
     // The error is the driver, given back because the work is queued already.
     let _ = queue.enqueue::<Arc<VsockDriver>, ID>(driver);
 }

@@ -208,7 +208,7 @@ impl Transport for VsockDriver {
     }
 
     fn send(
-        &self,
+        self: ArcBorrow<'_, Self>,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Connection>,
         message: &mut MessageSource,
@@ -269,7 +269,7 @@ impl Transport for VsockDriver {
     }
 
     fn send_message(
-        &self,
+        self: ArcBorrow<'_, Self>,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Connection>,
         message: &mut MessageSource,
@@ -417,7 +417,7 @@ impl VsockDriver {
         if socket.is_done() || is_reset {
             return Closed::Now;
         }
-        socket.schedule_close::<Self>(&self.workqueue, msecs_to_jiffies(CLOSE_TIMEOUT_MS));
+        socket.schedule_close::<Self>(&self.work_at_once, msecs_to_jiffies(CLOSE_TIMEOUT_MS));
         Closed::Later
     }
 

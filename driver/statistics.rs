@@ -68,6 +68,8 @@ statistics! {
     tx_bytes,
     /// Packets that had to wait for room in the transmit virtqueue.
     tx_waited,
+    /// Packets of payload that waited for the work which takes several of them to the device.
+    tx_batched,
     /// Packets shorter than a header, or than their header's `len` says.
     dropped_short,
     /// Buffers in which the device claims to have written more than there is room.

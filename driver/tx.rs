@@ -42,6 +42,9 @@ use kernel::{
 /// How many answers may wait for room before no more packets are received.
 const MAX_WAITING_REPLIES: usize = 128;
 
+/// How many packets of payload wait for the work item, at most, before a sender takes them to the device itself.
+const LONGEST_BATCH: u32 = 64;
+
 /// Control block of a packet to the device.
 pub(crate) struct Outgoing {
     /// The connection that it is of.
@@ -159,6 +162,8 @@ pub(crate) struct TxState {
     pub(super) backlog: Backlog,
     /// Whether the receiver has stopped until fewer answers wait.
     parked: bool,
+    /// How many packets went to the backlog though there may have been room, since it was emptied as far as that.
+    batched: u32,
 }
 
 /// The transmit virtqueue of a device.
@@ -188,16 +193,41 @@ impl TxQueue {
     }
 }
 
+/// Where a packet is that was sent.
+enum Sent {
+    /// In the virtqueue.
+    ToDevice,
+    /// In the backlog, until there is room.
+    Waits,
+    /// In the backlog, until the work item runs, which has to be queued.
+    Batched,
+}
+
 impl TxState {
-    /// Gives a packet to the device, or lets it wait for room. Returns whether it waits.
-    fn push_or_wait(&mut self, packet: OutgoingPacket) -> Result<bool, (OutgoingPacket, Error)> {
+    /// Gives a packet to the device, or lets it wait for room; where `may_batch` says so, for the work item.
+    fn push_or_wait(
+        &mut self,
+        packet: OutgoingPacket,
+        may_batch: bool,
+    ) -> Result<Sent, (OutgoingPacket, Error)> {
+        match &self.device {
+            None => return Err((packet, ENODEV)),
+            Some(device) if device.queue.is_broken() => return Err((packet, EIO)),
+            Some(_) => {}
+        }
+        if may_batch && self.batched < LONGEST_BATCH {
+            self.batched += 1;
+            self.push_waiting(packet);
+            return Ok(Sent::Batched);
+        }
+        if self.batched > 0 {
+            // This need not wait, and goes after those before it.
+            self.push_from_backlog();
+        }
         let nothing_waits = self.nothing_waits();
         let Some(device) = &mut self.device else {
             return Err((packet, ENODEV));
         };
-        if device.queue.is_broken() {
-            return Err((packet, EIO));
-        }
         let pushed = if nothing_waits {
             device.push(packet)
         } else {
@@ -206,14 +236,14 @@ impl TxState {
         match pushed {
             Ok(()) => {
                 device.queue.kick();
-                Ok(false)
+                Ok(Sent::ToDevice)
             }
             // The device will use buffers that it has, and its interrupt takes this up.
             Err((packet, PushError::Full | PushError::NoMemory))
                 if device.in_flight > 0 || !nothing_waits =>
             {
                 self.push_waiting(packet);
-                Ok(true)
+                Ok(Sent::Waits)
             }
             Err((packet, PushError::Full | PushError::NoMemory)) => Err((packet, ENOMEM)),
             Err((packet, PushError::Failed(_))) => Err((packet, EIO)),
@@ -222,6 +252,8 @@ impl TxState {
 
     /// Moves packets from the backlog into the virtqueue, as far as there is room.
     fn push_from_backlog(&mut self) {
+        self.batched = 0;
+        let mut any = false;
         while let Some((packet, turn)) = self.take_turn() {
             let pushed = match &mut self.device {
                 Some(device) => device.push(packet),
@@ -229,10 +261,14 @@ impl TxState {
             };
             if let Err((packet, _)) = pushed {
                 self.keep_turn(packet, turn);
-                return;
+                break;
             }
             self.end_turn(turn);
+            any = true;
             cond_resched();
+        }
+        if let (true, Some(device)) = (any, &mut self.device) {
+            device.queue.kick();
         }
     }
 }
@@ -245,6 +281,7 @@ impl Tx {
                 device: None,
                 backlog: Backlog::new(),
                 parked: false,
+                batched: 0,
             }, "virtio_vsock_rs_tx"),
             replies_wait: Atomic::new(false),
             longest_payload: Atomic::new(MAX_PAYLOAD),
@@ -444,13 +481,16 @@ impl VsockDriver {
             control,
         )?;
         self.transmit(packet)?;
+        if !message.is_reply {
+            self.moderation.note_pause();
+        }
         connection.advertised();
         Ok(())
     }
 
     /// Sends the next `len` bytes of a message, out of the caller's pages where `from_pages` says so. May sleep.
     pub(crate) fn send_payload(
-        &self,
+        self: ArcBorrow<'_, Self>,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Connection>,
         message: &mut MessageSource,
@@ -485,14 +525,14 @@ impl VsockDriver {
                     }
                 }
                 packet => {
-                    self.transmit(packet?)?;
+                    self.transmit_payload(packet?)?;
                     connection.advertised();
                     return Ok(());
                 }
             }
         }
         let payload = Payload::Copy(message, len as usize);
-        self.transmit(SkBuff::outgoing(
+        self.transmit_payload(SkBuff::outgoing(
             Some(socket),
             &header,
             payload,
@@ -551,12 +591,27 @@ impl VsockDriver {
     ///
     /// ENODEV where there is no device, EIO where it is broken, ENOMEM; the packet is freed.
     pub(crate) fn transmit(&self, packet: OutgoingPacket) -> Result {
+        self.transmit_or_batch(packet, false).map(|_| ())
+    }
+
+    /// The same for payload that the current task sends, which waits for the work item where that waits for this task.
+    fn transmit_payload(self: ArcBorrow<'_, Self>, packet: OutgoingPacket) -> Result {
+        self.moderation.note_sender();
+        let may_batch = self.moderation.work_waits_here();
+        if let Sent::Batched = self.transmit_or_batch(packet, may_batch)? {
+            self.statistics.tx_batched.increment();
+            Arc::from(self).queue_batch_work();
+        }
+        Ok(())
+    }
+
+    fn transmit_or_batch(&self, packet: OutgoingPacket, may_batch: bool) -> Result<Sent> {
         let (payload, is_reply) = (packet.control().payload_len(), packet.control().is_reply());
         // The lock is released at the end of this statement.
-        let sent = self.tx.state.lock().push_or_wait(packet);
+        let sent = self.tx.state.lock().push_or_wait(packet, may_batch);
         match sent {
-            Ok(waits) => {
-                if waits {
+            Ok(sent) => {
+                if let Sent::Waits = sent {
                     self.statistics.tx_waited.increment();
                     if is_reply {
                         self.tx.replies_wait.store(true, Relaxed);
@@ -564,7 +619,7 @@ impl VsockDriver {
                 }
                 self.statistics.tx_packets.increment();
                 self.statistics.tx_bytes.add(payload);
-                Ok(())
+                Ok(sent)
             }
             // The packet is freed here, outside of the lock: that wakes writers.
             Err((_packet, error)) => {
@@ -576,6 +631,7 @@ impl VsockDriver {
 
     /// Frees the packets that the device has used, and gives it those that wait. Work item; sleeps.
     pub(super) fn process_tx(self: &Arc<Self>) {
+        self.moderation.note_work();
         // Freed after the lock is released: freeing calls back into sockets.
         let mut used = SkBuffQueue::new();
         {
@@ -600,7 +656,6 @@ impl VsockDriver {
             let Some(device) = &mut state.device else {
                 return;
             };
-            device.queue.kick();
             let (is_broken, is_empty) = (device.queue.is_broken(), device.in_flight == 0);
             if is_broken {
                 queue_work::<{ work::DEVICE }>(self.clone());
@@ -645,7 +700,7 @@ impl VsockDriver {
             state.readdress(&connection, guest_cid, host_cid);
             match state.put_before_waiting(&connection, packet) {
                 None => None,
-                Some(packet) => state.push_or_wait(packet).err(),
+                Some(packet) => state.push_or_wait(packet, false).err(),
             }
         };
         // It is freed outside of the lock; the device is broken or gone.

@@ -1,13 +1,15 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Upstream's own vsock tests, from the source of the very kernel under test, unmodified, as static programs.
+# Upstream's own vsock tests, from the source of the very kernel under test, unmodified, as static programs. Their alarm() is that of
+# selftests/upstream.
 
 UPSTREAM_TESTS=(vsock_test vsock_perf vsock_diag_test vsock_uring_test)
 
 ensure_upstream_tests() {
     local new=$KERNEL_DIR/upstream.new
-    [[ ! -d $KERNEL_DIR/upstream ]] || return 0
+    [[ ! $KERNEL_DIR/upstream -nt $SOURCE_DIR/selftests/upstream/alarm.c ]] || return 0
+    discard "$KERNEL_DIR/upstream"
     ensure_root
     ensure_kernel_source
     step "build upstream's vsock tests" build_upstream_tests "$new"
@@ -22,6 +24,8 @@ build_upstream_tests() {
     mkdir -p "$new/tools/testing" "$new/programs"
     ln -s "$KERNEL_SOURCE/tools/include" "$new/tools/include"
     cp -R "$KERNEL_SOURCE/tools/testing/vsock" "$build"
-    in_root make -C "$build" -j"$JOBS" LDFLAGS=-static "${UPSTREAM_TESTS[@]}"
+    cp "$SOURCE_DIR/selftests/upstream/alarm.c" "$build/"
+    in_root make -C "$build" -j"$JOBS" alarm.o
+    in_root make -C "$build" -j"$JOBS" LDFLAGS="-static -Wl,--wrap=alarm alarm.o" "${UPSTREAM_TESTS[@]}"
     (cd "$build" && install "${UPSTREAM_TESTS[@]}" "$new/programs")
 }

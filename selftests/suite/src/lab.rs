@@ -129,8 +129,6 @@ impl<'a> Lab<'a> {
     pub fn guest_for_upstream(&self, cid: u32, plug: Plug) -> Result<Guest> {
         let hardware = Hardware {
             network: Some(plug),
-            time_by_instructions: self.env.has_option("CONFIG_KASAN")
-                || self.env.has_option("CONFIG_KCSAN"),
             ..Hardware::default()
         };
         let guest = self.boot(cid, &hardware, |initramfs| {

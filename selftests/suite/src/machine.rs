@@ -175,9 +175,6 @@ pub struct Hardware {
     pub disk: Option<&'static str>,
     /// A cable to another machine of the test, besides the sockets.
     pub network: Option<Plug>,
-    /// Whether its time goes by the instructions that it carries out, where it has to be emulated: programs with limits for
-    /// fast machines are then not stopped on a slow one.
-    pub time_by_instructions: bool,
 }
 
 /// An end of the cable between two machines: a Unix socket in the test's folder. The machine with `First` is booted first.
@@ -210,7 +207,6 @@ impl Default for Hardware {
             agent_on_serial_port: false,
             disk: None,
             network: None,
-            time_by_instructions: false,
         }
     }
 }
@@ -467,17 +463,9 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
                 // QEMU's default is the interface of before virtio 1.0, whose features are 32 bits.
                 qemu.args(["-global", "virtio-mmio.force-legacy=false"]);
             }
-            let accelerator = match env.accelerator.as_str() {
-                tcg if hardware.time_by_instructions && tcg.starts_with("tcg") => {
-                    // An instruction takes 4 ns.
-                    qemu.args(["-icount", "shift=2,sleep=on"]);
-                    "tcg,thread=single"
-                }
-                other => other,
-            };
             qemu.args([
                 "-accel",
-                accelerator,
+                &env.accelerator,
                 "-cpu",
                 "max",
                 "-smp",
