@@ -5,7 +5,8 @@
 //! Somebody may wait for a packet, so as a rule the work runs before programs do. But a program that sends many small packets
 //! would give up its CPU for each of them: to the buffer that the device has used, and to the credit that the peer sends
 //! back. Where an interrupt finds the sender running, the work therefore waits for the CPU as a program does. What the sender
-//! sends meanwhile waits too, and goes to the device in one batch, with one notification.
+//! sends meanwhile waits too, and goes to the device in one batch, with one notification. A task that receives, even if it
+//! polls without sleeping, or that connects or closes, is no such sender.
 
 use super::{work, VsockDriver};
 use kernel::{
@@ -27,7 +28,7 @@ const NO_TASK: i32 = -1;
 /// What is known of senders and of work that waits for its turn. It may be out of date: then packets go in smaller batches,
 /// or one of them goes a turn later.
 pub(crate) struct Moderation {
-    /// The PID of the task that has sent payload last, and nothing else since.
+    /// The PID of the task that has sent payload last, and done nothing since that would have it wait for a packet.
     sender: Atomic<i32>,
     /// The CPU on which work waits for its turn.
     busy_cpu: Atomic<u32>,
@@ -51,7 +52,7 @@ impl Moderation {
         }
     }
 
-    /// Notes that the current task sends something else than payload: it does not stream.
+    /// Notes that the current task may wait for a packet: it receives, or has sent something else than payload.
     pub(super) fn note_pause(&self) {
         if self.sender.load(Relaxed) == current!().pid() {
             self.sender.store(NO_TASK, Relaxed);

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# Upstream's own vsock tests, from the source of the very kernel under test, unmodified, as static programs. Their alarm() is that of
-# selftests/upstream.
+# Upstream's own vsock tests, from the source of the very kernel under test, unmodified, as static programs. Their
+# alarm() is that of selftests/upstream.
 
 UPSTREAM_TESTS=(vsock_test vsock_perf vsock_diag_test vsock_uring_test)
 
