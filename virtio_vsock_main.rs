@@ -56,8 +56,9 @@ impl kernel::InPlaceModule for VsockModule {
                 statistics.clone(),
             )?;
             Ok(try_pin_init!(Self {
-                _work_in_turn: Drained::new(work_in_turn),
+                // Where a later line fails, these go in the reverse order: the same as otherwise.
                 _work_at_once: Drained::new(work_at_once),
+                _work_in_turn: Drained::new(work_in_turn),
                 _debugfs <- DebugFs::new(statistics),
                 // First, because nothing may fail once sockets can be given to the transport.
                 _device_driver <- virtio::Registration::new(

@@ -345,6 +345,11 @@ struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name, bool is_hi
 	return alloc_workqueue("%s", WQ_PERCPU | (is_high ? WQ_HIGHPRI : 0), 0, name);
 }
 
+bool vsock_glue_current_is_realtime(void)
+{
+	return current->prio < MAX_RT_PRIO;
+}
+
 bool vsock_glue_ratelimit(void)
 {
 	return net_ratelimit();

@@ -107,5 +107,6 @@ int vsock_glue_add_in(struct virtqueue *vq, struct sk_buff *skb, unsigned int le
 struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name, bool is_high);
 void vsock_glue_cond_resched(void);
 bool vsock_glue_ratelimit(void);
+bool vsock_glue_current_is_realtime(void);
 
 #endif /* _AF_VSOCK_GLUE_HELPERS_H */

@@ -92,3 +92,9 @@ pub(crate) fn cond_resched() {
     // SAFETY: The callers are in process context (it warns where they are not).
     unsafe { bindings::vsock_glue_cond_resched() }
 }
+
+/// Whether the current task goes before all programs that are not realtime. Callable in any context.
+pub(crate) fn current_is_realtime() -> bool {
+    // SAFETY: No preconditions.
+    unsafe { bindings::vsock_glue_current_is_realtime() }
+}

@@ -5,10 +5,11 @@
 //! Somebody may wait for a packet, so as a rule the work runs before programs do. But a program that sends many small packets
 //! would give up its CPU for each of them: to the buffer that the device has used, and to the credit that the peer sends
 //! back. Where an interrupt finds the sender running, the work therefore waits for the CPU as a program does. What the sender
-//! sends meanwhile waits too, and goes to the device in one batch, with one notification. A task that receives, even if it
-//! polls without sleeping, or that connects or closes, is no such sender.
+//! sends meanwhile waits too, and goes to the device in one batch, with one notification. A task that connects, closes, or
+//! receives from a stream is a sender no more, and realtime tasks never are: the work may have no turn beside them.
 
 use super::{work, VsockDriver};
+use crate::af_vsock_glue::workqueue::current_is_realtime;
 use kernel::{
     cpu::CpuId,
     current,
@@ -25,10 +26,13 @@ const NO_CPU: u32 = u32::MAX;
 /// The PID of no task that sends.
 const NO_TASK: i32 = -1;
 
-/// What is known of senders and of work that waits for its turn. It may be out of date: then packets go in smaller batches,
-/// or one of them goes a turn later.
+/// Payload of more bytes is no small packet: what it takes to notify the device is little beside it.
+const LONGEST_SMALL_PAYLOAD: usize = 4096;
+
+/// What is known of senders and of work that waits for its turn, for the guest as a whole. It may be out of date: then
+/// packets go in smaller batches, or work waits for a turn, or does not.
 pub(crate) struct Moderation {
-    /// The PID of the task that has sent payload last, and done nothing since that would have it wait for a packet.
+    /// The PID of the task that has sent a small packet last, and done nothing since that would have it wait for an answer.
     sender: Atomic<i32>,
     /// The CPU on which work waits for its turn.
     busy_cpu: Atomic<u32>,
@@ -43,42 +47,65 @@ impl Moderation {
         }
     }
 
-    /// Notes that the current task sends payload.
-    pub(super) fn note_sender(&self) {
-        let pid = current!().pid();
-        // Written where it changes only: senders on all CPUs share it.
-        if self.sender.load(Relaxed) != pid {
-            self.sender.store(pid, Relaxed);
+    /// Whether the current task is the sender.
+    fn is_sender(&self) -> bool {
+        self.sender.load(Relaxed) == current!().pid()
+    }
+
+    /// Notes that the current task sends so many bytes of payload. Whether these had better wait, because work does that
+    /// waits for this task.
+    pub(super) fn note_payload(&self, len: usize) -> bool {
+        if len > LONGEST_SMALL_PAYLOAD {
+            return false;
+        }
+        if self.is_sender() {
+            return self.busy_cpu.load(Relaxed) == CpuId::current().as_u32();
+        }
+        if !current_is_realtime() {
+            self.sender.store(current!().pid(), Relaxed);
+        }
+        false
+    }
+
+    /// Notes that the current task may wait for an answer: it receives, or has sent something else than payload. Whether
+    /// small packets that it has sent may wait.
+    pub(super) fn note_pause(&self) -> bool {
+        if !self.is_sender() {
+            return false;
+        }
+        self.sender.store(NO_TASK, Relaxed);
+        self.busy_cpu.load(Relaxed) != NO_CPU
+    }
+
+    /// Notes that the current task, the work's, takes a batch to the device: it need not be interrupted for what answers
+    /// that. Gives the sender so far, for [`Self::end_batch`].
+    pub(super) fn begin_batch(&self) -> i32 {
+        let sender = self.sender.load(Relaxed);
+        self.sender.store(current!().pid(), Relaxed);
+        sender
+    }
+
+    /// Notes that the batch is with the device. The sender is still one, where it has not paused.
+    pub(super) fn end_batch(&self, sender: i32) {
+        if self.is_sender() {
+            self.sender.store(sender, Relaxed);
         }
     }
 
-    /// Notes that the current task may wait for a packet: it receives, or has sent something else than payload.
-    pub(super) fn note_pause(&self) {
-        if self.sender.load(Relaxed) == current!().pid() {
-            self.sender.store(NO_TASK, Relaxed);
-        }
-    }
-
-    /// Whether work waits for the CPU that the current task has.
-    pub(super) fn work_waits_here(&self) -> bool {
-        self.busy_cpu.load(Relaxed) == CpuId::current().as_u32()
-    }
-
-    /// Notes that the work runs that takes batches to the device.
-    pub(super) fn note_work(&self) {
+    /// Notes that the work has its turn.
+    pub(super) fn note_turn(&self) {
         self.busy_cpu.store(NO_CPU, Relaxed);
-        // It sends the batch, and need not give up the CPU for the answers to that either.
-        self.note_sender();
     }
 }
 
 impl VsockDriver {
-    /// Lets the work of a queue run for which the device has interrupted the current task. Hard interrupt context.
+    /// Lets the work of a queue run for which the device has interrupted the current task. Hard interrupt
+    /// context; with PREEMPT_RT a thread's, so that all work runs at once.
     pub(super) fn queue_moderated_work<const ID: u64>(self: &Arc<Self>)
     where
         Self: WorkItem<ID, Pointer = Arc<Self>> + HasWork<Self, ID>,
     {
-        let is_sender = self.moderation.sender.load(Relaxed) == current!().pid();
+        let is_sender = self.moderation.is_sender();
         let queue = if is_sender {
             self.moderation
                 .busy_cpu

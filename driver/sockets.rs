@@ -119,7 +119,7 @@ impl Transport for VsockDriver {
         connection: ArcBorrow<'_, Connection>,
         wanted: usize,
     ) -> Result {
-        self.moderation.note_pause();
+        self.send_batch();
         tell_of_reset(socket, &connection)?;
         let low_water = u32::try_from(wanted).unwrap_or(u32::MAX);
         self.send_wanted_credit_update(socket, connection, low_water);

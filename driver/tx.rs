@@ -3,7 +3,8 @@
 //! Packets to the device.
 //!
 //! A packet goes straight into the virtqueue where there is room and nothing waits. Otherwise it waits in the
-//! [`backlog`](super::backlog) until the device has used buffers. What waits is bounded: payload by the size of its
+//! [`backlog`](super::backlog) until the device has used buffers; so do small packets of a sender for which work
+//! [waits](super::moderation). What waits is bounded: payload by the size of its
 //! socket's buffer, answers to packets of the device by [`MAX_WAITING_REPLIES`], because no more packets are
 //! received while so many wait, and other control packets by a number for each socket.
 
@@ -596,8 +597,7 @@ impl VsockDriver {
 
     /// The same for payload that the current task sends, which waits for the work item where that waits for this task.
     fn transmit_payload(self: ArcBorrow<'_, Self>, packet: OutgoingPacket) -> Result {
-        self.moderation.note_sender();
-        let may_batch = self.moderation.work_waits_here();
+        let may_batch = self.moderation.note_payload(packet.control().payload_len());
         if let Sent::Batched = self.transmit_or_batch(packet, may_batch)? {
             self.statistics.tx_batched.increment();
             Arc::from(self).queue_batch_work();
@@ -629,11 +629,23 @@ impl VsockDriver {
         }
     }
 
+    /// Takes small packets that the current task has sent to the device, where they wait for the work item: the task may wait
+    /// for the answer. May sleep.
+    pub(super) fn send_batch(&self) {
+        if self.moderation.note_pause() {
+            let mut state = self.tx.state.lock();
+            if state.batched > 0 {
+                state.push_from_backlog();
+            }
+        }
+    }
+
     /// Frees the packets that the device has used, and gives it those that wait. Work item; sleeps.
     pub(super) fn process_tx(self: &Arc<Self>) {
-        self.moderation.note_work();
+        self.moderation.note_turn();
         // Freed after the lock is released: freeing calls back into sockets.
         let mut used = SkBuffQueue::new();
+        let mut sender = None;
         {
             let mut state = self.tx.state.lock();
             loop {
@@ -643,6 +655,9 @@ impl VsockDriver {
                 device.queue.disable_interrupts();
                 while let Some(packet) = device.pop() {
                     used.push_back(packet);
+                }
+                if state.batched > 0 {
+                    sender.get_or_insert_with(|| self.moderation.begin_batch());
                 }
                 state.push_from_backlog();
                 let Some(device) = &mut state.device else {
@@ -667,6 +682,9 @@ impl VsockDriver {
                 // There was no memory to map even one packet, and no interrupt will come.
                 queue_work::<{ work::TX }>(self.clone());
             }
+        }
+        if let Some(sender) = sender {
+            self.moderation.end_batch(sender);
         }
         while let Some(packet) = used.pop_front() {
             packet.consume();
@@ -699,7 +717,12 @@ impl VsockDriver {
             let mut state = self.tx.state.lock();
             state.readdress(&connection, guest_cid, host_cid);
             match state.put_before_waiting(&connection, packet) {
-                None => None,
+                None => {
+                    if state.batched > 0 {
+                        state.push_from_backlog();
+                    }
+                    None
+                }
                 Some(packet) => state.push_or_wait(packet, false).err(),
             }
         };
