@@ -8,7 +8,7 @@
 //! sends meanwhile waits too, and goes to the device in one batch, with one notification. A task that connects, closes, or
 //! receives from a stream is a sender no more, and realtime tasks never are: the work may have no turn beside them.
 
-use super::{work, VsockDriver};
+use super::{queue_work, work, VsockDriver};
 use crate::af_vsock_glue::workqueue::current_is_realtime;
 use kernel::{
     cpu::CpuId,
@@ -105,21 +105,16 @@ impl VsockDriver {
     where
         Self: WorkItem<ID, Pointer = Arc<Self>> + HasWork<Self, ID>,
     {
-        let is_sender = self.moderation.is_sender();
-        let queue = if is_sender {
-            self.moderation
-                .busy_cpu
-                .store(CpuId::current().as_u32(), Relaxed);
-            &self.work_in_turn
-        } else {
-            &self.work_at_once
-        };
-        // The error is the driver, given back because the work is queued already.
-        let _ = queue.enqueue::<Arc<Self>, ID>(self.clone());
-        if is_sender {
-            // It notes that it has had its turn.
-            self.queue_batch_work();
+        if !self.moderation.is_sender() {
+            queue_work::<ID>(self.clone());
+            return;
         }
+        let cpu = CpuId::current().as_u32();
+        self.moderation.busy_cpu.store(cpu, Relaxed);
+        // The error is the driver, given back because the work is queued already.
+        let _ = self.work_in_turn.enqueue::<Arc<Self>, ID>(self.clone());
+        // It notes that it has had its turn.
+        self.queue_batch_work();
     }
 
     /// Lets the work run, when it is its turn, that takes batches to the device. Callable in any context.

@@ -221,10 +221,8 @@ impl TxState {
             self.push_waiting(packet);
             return Ok(Sent::Batched);
         }
-        if self.batched > 0 {
-            // This need not wait, and goes after those before it.
-            self.push_from_backlog();
-        }
+        // This need not wait, and goes after those before it.
+        self.push_batch();
         let nothing_waits = self.nothing_waits();
         let Some(device) = &mut self.device else {
             return Err((packet, ENODEV));
@@ -248,6 +246,13 @@ impl TxState {
             }
             Err((packet, PushError::Full | PushError::NoMemory)) => Err((packet, ENOMEM)),
             Err((packet, PushError::Failed(_))) => Err((packet, EIO)),
+        }
+    }
+
+    /// Takes what waits for the work item to the device, and what was to wait for room before that.
+    fn push_batch(&mut self) {
+        if self.batched > 0 {
+            self.push_from_backlog();
         }
     }
 
@@ -633,10 +638,7 @@ impl VsockDriver {
     /// for the answer. May sleep.
     pub(super) fn send_batch(&self) {
         if self.moderation.note_pause() {
-            let mut state = self.tx.state.lock();
-            if state.batched > 0 {
-                state.push_from_backlog();
-            }
+            self.tx.state.lock().push_batch();
         }
     }
 
@@ -718,9 +720,7 @@ impl VsockDriver {
             state.readdress(&connection, guest_cid, host_cid);
             match state.put_before_waiting(&connection, packet) {
                 None => {
-                    if state.batched > 0 {
-                        state.push_from_backlog();
-                    }
+                    state.push_batch();
                     None
                 }
                 Some(packet) => state.push_or_wait(packet, false).err(),
