@@ -88,8 +88,9 @@ bool vsock_glue_has_error(const struct sock *sk)
 }
 
 /*
- * How many calls sleep that are woken by a function; poll() and its kin have
- * functions of their own.
+ * How many calls sleep that are woken by a function: vsock_connectible_wait_data()
+ * waits with DEFINE_WAIT(), vsock_connectible_sendmsg() with wait_woken(), and
+ * poll() and its kin have functions of their own.
  */
 static unsigned int count_waiters(struct sock *sk, wait_queue_func_t wake)
 {
@@ -167,7 +168,7 @@ struct sk_buff *vsock_glue_alloc_linear(unsigned int size)
 }
 
 /* Waits for memory until there is some: for small packets without which a connection would hang. */
-struct sk_buff *vsock_glue_alloc_linear_for_sure(unsigned int size)
+struct sk_buff *vsock_glue_alloc_linear_nofail(unsigned int size)
 {
 	return alloc_skb(size, GFP_KERNEL | __GFP_NOFAIL);
 }
@@ -348,6 +349,11 @@ struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name, bool is_hi
 bool vsock_glue_current_is_realtime(void)
 {
 	return current->prio < MAX_RT_PRIO;
+}
+
+unsigned long vsock_glue_jiffies(void)
+{
+	return jiffies;
 }
 
 bool vsock_glue_ratelimit(void)

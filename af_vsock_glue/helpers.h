@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
  * What the Rust glue calls in C: the headers that bindgen reads, and a function for each inline
- * function or macro of the kernel that Rust cannot call. No behaviour of the driver is here.
+ * function or macro of the kernel that Rust cannot call.
  */
 #ifndef _AF_VSOCK_GLUE_HELPERS_H
 #define _AF_VSOCK_GLUE_HELPERS_H
@@ -18,6 +18,8 @@
 #include <net/sock.h>
 #include <uapi/linux/virtio_vsock.h>
 #include <uapi/linux/vsockmon.h>
+
+#include "../include/uapi/linux/virtio_vsock_checkpoint.h"
 
 /* sock */
 void vsock_glue_sock_hold(struct sock *sk);
@@ -71,7 +73,7 @@ void vsock_glue_set_groups(struct virtio_driver *driver);
 
 /* sk_buff */
 struct sk_buff *vsock_glue_alloc_linear(unsigned int size);
-struct sk_buff *vsock_glue_alloc_linear_for_sure(unsigned int size);
+struct sk_buff *vsock_glue_alloc_linear_nofail(unsigned int size);
 struct sk_buff *vsock_glue_alloc_with_frags(unsigned int linear, unsigned int data);
 unsigned int vsock_glue_largest_linear(void);
 unsigned int vsock_glue_page_sized(void);
@@ -108,5 +110,6 @@ struct workqueue_struct *vsock_glue_alloc_workqueue(const char *name, bool is_hi
 void vsock_glue_cond_resched(void);
 bool vsock_glue_ratelimit(void);
 bool vsock_glue_current_is_realtime(void);
+unsigned long vsock_glue_jiffies(void);
 
 #endif /* _AF_VSOCK_GLUE_HELPERS_H */

@@ -72,8 +72,8 @@ impl<C> SkBuff<C> {
     ///
     /// # Errors
     ///
-    /// ENOMEM; EFAULT where the message cannot be read; EMSGSIZE where its pages are too many for a packet.
-    /// The message is then as before.
+    /// ENOMEM; EFAULT where the message cannot be read; EMSGSIZE where its pages are too many for a packet; EINVAL where there
+    /// are pages but no socket to charge them to, or no completion that holds them. The message is then as before.
     pub(crate) fn outgoing(
         socket: Option<&Socket>,
         header: &[u8],
@@ -81,6 +81,9 @@ impl<C> SkBuff<C> {
         zero_copy: Option<&mut ZeroCopy>,
         control: C,
     ) -> Result<Self> {
+        if matches!(payload, Payload::Pages(..)) && (socket.is_none() || zero_copy.is_none()) {
+            return Err(EINVAL);
+        }
         let (in_buffer, in_pages) = match &payload {
             Payload::Copy(_, len) if header.len() + len <= Self::longest_linear() => (*len, 0),
             Payload::Copy(_, len) => (0, *len),
@@ -127,7 +130,7 @@ impl<C> SkBuff<C> {
             }
             Payload::Pages(message, len) => {
                 this.fill(message, |skb, message| {
-                    // SAFETY: The buffer has an owner and a completion, which holds the pages.
+                    // SAFETY: The buffer has an owner and a completion, which holds the pages: that was seen to above.
                     unsafe {
                         bindings::__zerocopy_sg_from_iter(
                             message.as_raw(),
@@ -146,14 +149,14 @@ impl<C> SkBuff<C> {
 
     /// Makes a packet of a header alone, like [`outgoing`](Self::outgoing), and waits for memory until there is some.
     /// Sleeps.
-    pub(crate) fn outgoing_for_sure<const N: usize>(
+    pub(crate) fn outgoing_nofail<const N: usize>(
         socket: Option<&Socket>,
         header: &[u8; N],
         control: C,
     ) -> Self {
         // SAFETY: No preconditions; with this the function does not return null.
         let mut this = unsafe {
-            let skb = bindings::vsock_glue_alloc_linear_for_sure(N as u32);
+            let skb = bindings::vsock_glue_alloc_linear_nofail(N as u32);
             Self::new(NonNull::new_unchecked(skb), control)
         };
         if let Some(socket) = socket {

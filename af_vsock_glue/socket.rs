@@ -175,7 +175,7 @@ impl Socket {
 
     /// Finds the connected socket whose peer is `remote` and whose port is that of `local`.
     ///
-    /// Sockets of all namespaces in global mode are looked at.
+    /// Sockets of all namespaces in global mode are looked at. Takes `vsock_table_lock`; process context.
     pub(crate) fn find_connected(remote: Address, local: Address) -> Option<ARef<Self>> {
         let (mut remote, mut local) = (remote.to_raw(), local.to_raw());
         // SAFETY: The addresses are valid, a null namespace stands for the global mode; the function
@@ -189,7 +189,7 @@ impl Socket {
         }
     }
 
-    /// Finds the socket that is bound to `local`, or to its port at any CID.
+    /// Finds the socket that is bound to `local`, or to its port at any CID. Takes `vsock_table_lock`; process context.
     pub(crate) fn find_bound(local: Address) -> Option<ARef<Self>> {
         let mut local = local.to_raw();
         // SAFETY: As above.
@@ -300,12 +300,11 @@ impl Socket {
                         |vsk| Self::is_bound_to_other(vsk, new),
                     )
                 };
-                let mut changed = false;
                 for socket in found.iter().flatten() {
-                    changed |= socket.lock().change_own_cid(new);
+                    socket.lock().change_own_cid(new);
                 }
-                // Those that were not changed are found again, so a list without any change is done.
-                if !changed {
+                // None of these is found again: it was changed, or is no such socket any more.
+                if found.iter().any(Option::is_none) {
                     break;
                 }
             }
@@ -533,20 +532,17 @@ impl<'a> LockedSocket<'a> {
         }
     }
 
-    /// Gives the socket the CID `new` where it is bound to one that the guest had before and has no connection; returns
-    /// whether it was so.
-    fn change_own_cid(&self, new: u32) -> bool {
+    /// Gives the socket the CID `new` where it is bound to one that the guest had before and has no connection.
+    fn change_own_cid(&self, new: u32) {
         let vsk = self.as_raw();
         // SAFETY: The lock is held, and that of the tables, whose readers compare addresses. The hash of an
         // address is that of its port alone, so that the socket stays in its list.
         unsafe {
             bindings::vsock_glue_table_lock();
-            let changes = Socket::is_bound_to_other(vsk, new);
-            if changes {
+            if Socket::is_bound_to_other(vsk, new) {
                 (*vsk).local_addr.svm_cid = new;
             }
             bindings::vsock_glue_table_unlock();
-            changes
         }
     }
 
@@ -566,7 +562,7 @@ impl<'a> LockedSocket<'a> {
         }
     }
 
-    /// Whether another socket has a connection between the same ports and CIDs.
+    /// Whether another socket has a connection between the same ports and CIDs. Takes `vsock_table_lock`; process context.
     pub(crate) fn has_successor(&self) -> bool {
         Socket::find_connected(self.remote(), self.local())
             .is_some_and(|found| !ptr::eq(found.as_raw(), self.as_raw()))
@@ -722,13 +718,14 @@ impl<'a> LockedSocket<'a> {
         unsafe { bindings::vsock_enqueue_accept(self.as_sock(), child.as_sock()) }
     }
 
-    /// Puts the socket into the table of connected sockets.
+    /// Puts the socket into the table of connected sockets. Takes `vsock_table_lock`; process context.
     pub(crate) fn insert_connected(&self) {
         // SAFETY: The lock is held; the function takes its own reference.
         unsafe { bindings::vsock_insert_connected(self.as_raw()) }
     }
 
-    /// Takes the socket out of the table of connected sockets and, where it was closed, of bound ones.
+    /// Takes the socket out of the table of connected sockets and, where it was closed, of bound ones. Takes
+    /// `vsock_table_lock`; process context.
     pub(crate) fn remove_from_tables(&self) {
         // SAFETY: The lock is held, and our caller has a reference besides those of the tables.
         unsafe { bindings::vsock_remove_sock(self.as_raw()) }
@@ -736,7 +733,8 @@ impl<'a> LockedSocket<'a> {
 
     /// Waits for sent data to leave, as `SO_LINGER` says. Releases the lock and takes it again meanwhile.
     pub(crate) fn linger(&mut self) {
-        // SAFETY: Neither matters but for the contexts: we are in close(2) of a process.
+        // SAFETY: The socket is locked, in process context. Its wait queue is there: a socket with SOCK_LINGER is one of an
+        // application, whom others make vsock_linger() return at once.
         unsafe {
             if !bindings::vsock_glue_current_is_exiting() {
                 bindings::vsock_linger(self.as_sock());

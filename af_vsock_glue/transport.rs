@@ -138,8 +138,8 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
         len: usize,
     ) -> Result<usize>;
 
-    /// Whether a reader who waits for `low_water` bytes, or for a message, need not wait.
-    fn is_readable(connection: &Self::Connection, low_water: usize) -> bool;
+    /// Whether a reader who waits for `low_water` bytes, or for a message, need not wait: poll() asks.
+    fn is_readable(&self, connection: &Self::Connection, low_water: usize) -> bool;
 
     /// Messages that can be received. May be called without the lock.
     fn readable_messages(connection: &Self::Connection) -> usize;
@@ -588,10 +588,12 @@ extern "C" fn msgzerocopy_allow() -> bool {
 }
 
 extern "C" fn notify_poll_in<T: Transport>(vsk: Vsk, target: usize, ready: *mut bool) -> c_int {
-    // SAFETY: A callback for a socket; `ready` is valid for writes.
+    // SAFETY: A callback for a socket, with its lock held; `ready` is valid for writes.
     unsafe {
-        *ready = borrow_connection::<T>(vsk)
-            .is_some_and(|connection| T::is_readable(&connection, target));
+        *ready = with_socket::<T, _>(vsk, |context, _, connection| {
+            Ok(context.is_readable(&connection, target))
+        })
+        .unwrap_or(false);
     }
     0
 }

@@ -15,6 +15,14 @@ use kernel::{
     types::Opaque,
 };
 
+/// Numbers of the kernel's headers, and of this project's own for the checkpoint extension.
+pub(crate) mod uapi {
+    pub(crate) use super::bindings::{
+        virtio_vsock_cid_update, virtio_vsock_tuple, VIRTIO_ID_VSOCK, VIRTIO_VSOCK_EVENT_BUF_SIZE,
+        VIRTIO_VSOCK_EVENT_CID_UPDATE, VIRTIO_VSOCK_F_CHECKPOINT, VIRTIO_VSOCK_MAX_TUPLES,
+    };
+}
+
 /// What a virtio driver implements.
 ///
 /// The driver core calls `probe`, `remove`, `freeze` and `restore` in process context, one at a time for
@@ -122,15 +130,27 @@ impl<T: Driver> Registration<T> {
         }
     }
 
+    /// The same, and the device as its driver sees it.
+    ///
+    /// # Safety
+    ///
+    /// As of [`Self::of`].
+    unsafe fn with_device<'a>(vdev: *mut bindings::virtio_device) -> (&'a Self, Device) {
+        // SAFETY: As the caller promises.
+        let this = unsafe { Self::of(vdev) };
+        // INVARIANT: As the caller promises.
+        let device = Device {
+            vdev,
+            callback: Self::used,
+            live_queues: this.live_queues.clone(),
+        };
+        (this, device)
+    }
+
     extern "C" fn probe(vdev: *mut bindings::virtio_device) -> c_int {
         // SAFETY: The core calls with a device of ours.
-        let this = unsafe { Self::of(vdev) };
+        let (this, device) = unsafe { Self::with_device(vdev) };
         from_result(|| {
-            let device = Device {
-                vdev,
-                callback: Self::used,
-                live_queues: this.live_queues.clone(),
-            };
             T::probe(this.context.as_arc_borrow(), &device)?;
             Ok(0)
         })
@@ -138,12 +158,7 @@ impl<T: Driver> Registration<T> {
 
     extern "C" fn remove(vdev: *mut bindings::virtio_device) {
         // SAFETY: The core calls with a device of ours.
-        let this = unsafe { Self::of(vdev) };
-        let device = Device {
-            vdev,
-            callback: Self::used,
-            live_queues: this.live_queues.clone(),
-        };
+        let (this, device) = unsafe { Self::with_device(vdev) };
         T::remove(this.context.as_arc_borrow(), &device);
         this.live_queues.wait_until_gone(vdev);
         // SAFETY: The device is valid. It is reset already, unless it could not be restored after a sleep and
@@ -153,13 +168,8 @@ impl<T: Driver> Registration<T> {
 
     extern "C" fn freeze(vdev: *mut bindings::virtio_device) -> c_int {
         // SAFETY: The core calls with a device of ours.
-        let this = unsafe { Self::of(vdev) };
+        let (this, device) = unsafe { Self::with_device(vdev) };
         from_result(|| {
-            let device = Device {
-                vdev,
-                callback: Self::used,
-                live_queues: this.live_queues.clone(),
-            };
             T::freeze(this.context.as_arc_borrow(), &device)?;
             this.live_queues.wait_until_gone(vdev);
             Ok(0)
@@ -168,13 +178,8 @@ impl<T: Driver> Registration<T> {
 
     extern "C" fn restore(vdev: *mut bindings::virtio_device) -> c_int {
         // SAFETY: The core calls with a device of ours.
-        let this = unsafe { Self::of(vdev) };
+        let (this, device) = unsafe { Self::with_device(vdev) };
         from_result(|| {
-            let device = Device {
-                vdev,
-                callback: Self::used,
-                live_queues: this.live_queues.clone(),
-            };
             T::restore(this.context.as_arc_borrow(), &device)?;
             Ok(0)
         })

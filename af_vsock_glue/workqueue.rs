@@ -98,3 +98,9 @@ pub(crate) fn current_is_realtime() -> bool {
     // SAFETY: No preconditions.
     unsafe { bindings::vsock_glue_current_is_realtime() }
 }
+
+/// The time, in jiffies; it wraps. Callable in any context.
+pub(crate) fn jiffies() -> usize {
+    // SAFETY: No preconditions.
+    unsafe { bindings::vsock_glue_jiffies() }
+}

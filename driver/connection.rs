@@ -378,12 +378,14 @@ impl Connection {
         self.waiting_updates.fetch_sub(1, Relaxed);
     }
 
-    /// Notes that the peer is told of the end of directions; returns whether it did not know of some.
-    pub(crate) fn note_shutdown_sent(&self, directions: u32) -> bool {
-        let mut state = self.state.lock();
-        let news = directions & !state.shutdown_sent != 0;
-        state.shutdown_sent |= directions;
-        news
+    /// Whether the peer was told of the end of all these directions.
+    pub(crate) fn has_sent_shutdown(&self, directions: u32) -> bool {
+        directions & !self.state.lock().shutdown_sent == 0
+    }
+
+    /// Notes that the peer is told of the end of directions.
+    pub(crate) fn note_shutdown_sent(&self, directions: u32) {
+        self.state.lock().shutdown_sent |= directions;
     }
 
     /// Bytes that are unread, those of a message that is not complete yet included.
@@ -430,7 +432,8 @@ impl Connection {
         self.state.lock().receive.set_buf_alloc(buf_alloc);
     }
 
-    /// Appends a packet of payload to what can be read, and the end of a message where `end` says so.
+    /// Appends a packet of payload to what can be read, and the end of a message where `end` says so. Needs the socket's
+    /// lock; takes the connection lock.
     pub(crate) fn enqueue(
         &self,
         socket: &Socket,
@@ -638,7 +641,8 @@ impl Connection {
         Some(packet)
     }
 
-    /// Throws away what was received and not read.
+    /// Throws away what was received and not read. Takes the connection lock; the last time it is called, by whoever drops the
+    /// last reference to the socket, in any context.
     pub(crate) fn purge(&self) {
         let mut state = self.state.lock();
         let unread = state.receive.unread();

@@ -10,16 +10,23 @@ use super::{
     VsockDriver, //
 };
 use crate::{
-    af_vsock_glue::virtio::{is_shutting_down, Device, Driver},
-    protocol::{feature, queue, SocketTypes},
+    af_vsock_glue::virtio::{is_shutting_down, uapi, Device, Driver},
+    protocol::{event, feature, queue, update, SocketTypes},
 };
 use kernel::{
     prelude::*,
     sync::{atomic::Relaxed, Arc, ArcBorrow},
 };
 
-/// virtio device type of the socket device (virtio 5.10.1).
-const VIRTIO_ID_VSOCK: u32 = 19;
+// The header that devices are written by says what this driver does.
+const _: () = assert!(
+    uapi::VIRTIO_VSOCK_F_CHECKPOINT == feature::CHECKPOINT
+        && uapi::VIRTIO_VSOCK_EVENT_CID_UPDATE == event::CID_UPDATE
+        && uapi::VIRTIO_VSOCK_EVENT_BUF_SIZE as usize == event::LONG_EVENT_LEN
+        && uapi::VIRTIO_VSOCK_MAX_TUPLES == update::MAX_TUPLES
+        && size_of::<uapi::virtio_vsock_cid_update>() == event::CID_UPDATE_LEN
+        && size_of::<uapi::virtio_vsock_tuple>() == update::TUPLE_LEN
+);
 
 /// Whether a device is bound to the driver.
 #[derive(Default, PartialEq, Eq)]
@@ -32,7 +39,7 @@ pub(crate) enum DeviceState {
 }
 
 impl Driver for VsockDriver {
-    const DEVICE_TYPE: u32 = VIRTIO_ID_VSOCK;
+    const DEVICE_TYPE: u32 = uapi::VIRTIO_ID_VSOCK;
     const FEATURES: &'static [u32] = &[
         feature::STREAM,
         feature::SEQPACKET,
@@ -130,7 +137,7 @@ impl VsockDriver {
         events.fill();
         rx.fill();
         self.set_socket_types(SocketTypes::negotiated(|bit| device.has_feature(bit)));
-        self.tx.start(tx);
+        self.tx.start(tx, self.statistics.clone());
         self.rx_handled.store(0, Relaxed);
         self.update_waits.store(false, Relaxed);
         self.set_guest_cid(Some(cid));
@@ -156,7 +163,7 @@ impl VsockDriver {
         let tx = self.tx.take_queue();
         self.set_guest_cid(None);
         drop((rx, events, tx));
-        self.tx.drop_backlog();
+        self.statistics.dropped_tx.add(self.tx.drop_backlog());
         self.reset_all_connections();
     }
 }

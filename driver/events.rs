@@ -2,11 +2,14 @@
 
 //! Events of the device.
 
-use super::{queue_work, rx::RxQueue, updates::Updates, work, VsockDriver};
+use super::{
+    cid_or_any, queue_work, queue_work_without_memory, rx::RxQueue, updates::Updates, work,
+    VsockDriver,
+};
 use crate::{
     af_vsock_glue::{
         skb::SkBuff,
-        socket::{Address, Socket},
+        socket::Socket,
         virtio::{Cause, FromDevice, LiveDevice, Migration, RawQueue, Virtqueue},
         workqueue::{cond_resched, may_log},
     },
@@ -119,6 +122,19 @@ impl VsockDriver {
             return;
         }
         self.handle_events();
+        drop(rx);
+        if self.lacks_event_buffers() {
+            // There was no memory for even one buffer, and no interrupt will come.
+            queue_work_without_memory::<{ work::EVENTS }>(self.clone());
+        }
+    }
+
+    /// Whether the device has no buffer for an event.
+    fn lacks_event_buffers(&self) -> bool {
+        let events = self.events.lock();
+        (*events)
+            .as_ref()
+            .is_some_and(|events| events.posted == 0 && !events.is_broken())
     }
 
     /// Handles the events that the device has made available before the packet that was taken out of its queue last.
@@ -161,7 +177,6 @@ impl VsockDriver {
             return;
         };
         if events.posted == 0 {
-            // There was no memory for even one buffer, and no interrupt will come.
             events.fill();
         }
         let mut budget = BUDGET;
@@ -232,8 +247,8 @@ impl VsockDriver {
         if may_log() {
             pr_info!(
                 "transport reset: CID {} is now {}, {reset} connections were reset\n",
-                before.map_or(0, Cid::get),
-                cid.map_or(0, Cid::get)
+                cid_or_any(before),
+                cid_or_any(cid)
             );
         }
         migration.reset = u32::try_from(reset).unwrap_or(u32::MAX);
@@ -250,12 +265,11 @@ impl VsockDriver {
     ) -> Migration {
         let generation = self.migrations.load(Relaxed) + 1;
         self.migrations.store(generation, Relaxed);
-        let number = |cid: Option<Cid>| cid.map_or(Address::CID_ANY, Cid::get);
         let migration = Migration {
             cause,
             generation,
-            old_cid: number(before),
-            new_cid: number(self.guest_cid()),
+            old_cid: cid_or_any(before),
+            new_cid: cid_or_any(self.guest_cid()),
             reset: 0,
             kept: 0,
         };

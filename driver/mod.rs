@@ -47,8 +47,12 @@ use kernel::{
         atomic::{Atomic, Relaxed},
         new_mutex, Arc, Mutex,
     },
+    time::{delay::fsleep, Delta},
     workqueue::{impl_has_work, new_work, Work, WorkItem},
 };
+
+/// How long work waits that has found no memory, before it tries again.
+const MEMORY_RETRY_INTERVAL: Delta = Delta::from_millis(10);
 
 /// Which of a driver's work items is meant.
 mod work {
@@ -204,9 +208,13 @@ impl VsockDriver {
     const SEQPACKET_BIT: u32 = 2;
 
     fn set_guest_cid(&self, cid: Option<Cid>) {
-        self.guest_cid
-            .store(cid.map_or(Address::CID_ANY, Cid::get), Relaxed);
+        self.guest_cid.store(cid_or_any(cid), Relaxed);
     }
+}
+
+/// The CID's number; [`Address::CID_ANY`] for none.
+fn cid_or_any(cid: Option<Cid>) -> u32 {
+    cid.map_or(Address::CID_ANY, Cid::get)
 }
 
 /// What a packet is for, to those who watch packets.
@@ -230,4 +238,15 @@ where
     let queue = driver.work_at_once.clone();
     // The error is the driver, given back because the work is queued already.
     let _ = queue.enqueue::<Arc<VsockDriver>, ID>(driver);
+}
+
+/// Lets the current work item, which has found no memory and gets no interrupt, run again: later, so that others have the CPU
+/// to free some. Sleeps; no locks may be held.
+fn queue_work_without_memory<const ID: u64>(driver: Arc<VsockDriver>)
+where
+    VsockDriver: WorkItem<ID, Pointer = Arc<VsockDriver>>,
+    VsockDriver: kernel::workqueue::HasWork<VsockDriver, ID>,
+{
+    fsleep(MEMORY_RETRY_INTERVAL);
+    queue_work::<ID>(driver);
 }

@@ -5,11 +5,12 @@
 //! Somebody may wait for a packet, so as a rule the work runs before programs do. But a program that sends many small packets
 //! would give up its CPU for each of them: to the buffer that the device has used, and to the credit that the peer sends
 //! back. Where an interrupt finds the sender running, the work therefore waits for the CPU as a program does. What the sender
-//! sends meanwhile waits too, and goes to the device in one batch, with one notification. A task that connects, closes, or
-//! receives from a stream is a sender no more, and realtime tasks never are: the work may have no turn beside them.
+//! sends meanwhile waits too, and goes to the device in one batch, with one notification. A task that connects, closes,
+//! receives from a stream or polls in vain is a sender no more, and realtime tasks never are: the work may have no turn beside
+//! them.
 
 use super::{queue_work, work, VsockDriver};
-use crate::af_vsock_glue::workqueue::current_is_realtime;
+use crate::af_vsock_glue::workqueue::{current_is_realtime, jiffies};
 use kernel::{
     cpu::CpuId,
     current,
@@ -17,6 +18,7 @@ use kernel::{
         atomic::{Atomic, Relaxed},
         Arc,
     },
+    time::msecs_to_jiffies,
     workqueue::{HasWork, WorkItem},
 };
 
@@ -29,11 +31,16 @@ const NO_TASK: i32 = -1;
 /// Payload of more bytes is no small packet: what it takes to notify the device is little beside it.
 const LONGEST_SMALL_PAYLOAD: usize = 4096;
 
+/// For how long after its last packet a task counts as the sender, in milliseconds: then it does something else.
+const SENDER_TIMEOUT_MS: u32 = 10;
+
 /// What is known of senders and of work that waits for its turn, for the guest as a whole. It may be out of date: then
 /// packets go in smaller batches, or work waits for a turn, or does not.
 pub(crate) struct Moderation {
     /// The PID of the task that has sent a small packet last, and done nothing since that would have it wait for an answer.
     sender: Atomic<i32>,
+    /// When it did, in jiffies.
+    sent_at: Atomic<usize>,
     /// The CPU on which work waits for its turn.
     busy_cpu: Atomic<u32>,
 }
@@ -43,6 +50,7 @@ impl Moderation {
     pub(super) fn new() -> Self {
         Self {
             sender: Atomic::new(NO_TASK),
+            sent_at: Atomic::new(0),
             busy_cpu: Atomic::new(NO_CPU),
         }
     }
@@ -52,18 +60,29 @@ impl Moderation {
         self.sender.load(Relaxed) == current!().pid()
     }
 
+    /// Whether the current task is busy sending: the sender, which is no realtime task meanwhile and sends still.
+    fn is_busy_sender(&self) -> bool {
+        let since_sent = || jiffies().wrapping_sub(self.sent_at.load(Relaxed));
+        self.is_sender()
+            && since_sent() <= msecs_to_jiffies(SENDER_TIMEOUT_MS)
+            && !current_is_realtime()
+    }
+
     /// Notes that the current task sends so many bytes of payload. Whether these had better wait, because work does that
     /// waits for this task.
     pub(super) fn note_payload(&self, len: usize) -> bool {
-        if len > LONGEST_SMALL_PAYLOAD {
+        if len > LONGEST_SMALL_PAYLOAD || current_is_realtime() {
             return false;
+        }
+        let now = jiffies();
+        // Written only where it is news: the CPUs share it.
+        if self.sent_at.load(Relaxed) != now {
+            self.sent_at.store(now, Relaxed);
         }
         if self.is_sender() {
             return self.busy_cpu.load(Relaxed) == CpuId::current().as_u32();
         }
-        if !current_is_realtime() {
-            self.sender.store(current!().pid(), Relaxed);
-        }
+        self.sender.store(current!().pid(), Relaxed);
         false
     }
 
@@ -85,7 +104,7 @@ impl Moderation {
         sender
     }
 
-    /// Notes that the batch is with the device. The sender is still one, where it has not paused.
+    /// Notes that the batch is with the device. The sender is one again, even if it has paused meanwhile: that costs a turn.
     pub(super) fn end_batch(&self, sender: i32) {
         if self.is_sender() {
             self.sender.store(sender, Relaxed);
@@ -105,7 +124,7 @@ impl VsockDriver {
     where
         Self: WorkItem<ID, Pointer = Arc<Self>> + HasWork<Self, ID>,
     {
-        if !self.moderation.is_sender() {
+        if !self.moderation.is_busy_sender() {
             queue_work::<ID>(self.clone());
             return;
         }

@@ -6,7 +6,8 @@ use super::{
     connection::{Connection, ResetState},
     purpose,
     queue_work,
-    tx::Message,
+    queue_work_without_memory,
+    tx::ControlPacket,
     work,
     VsockDriver, //
 };
@@ -34,7 +35,7 @@ use kernel::{
 const BUDGET: u32 = 256;
 
 /// How many buffers the device has at most, however large its ring is: 2 MiB of memory.
-const MOST_POSTED: u32 = 512;
+const MAX_RX_BUFFERS: u32 = 512;
 
 /// A packet's payload; its header was cut off.
 type ReceivedPayload = SkBuff<()>;
@@ -70,7 +71,7 @@ impl RxQueue {
 
     /// How many buffers the device is to have.
     fn wanted(&self) -> u32 {
-        self.queue.size().min(MOST_POSTED)
+        self.queue.size().min(MAX_RX_BUFFERS)
     }
 
     /// Whether the device may send updates of CIDs.
@@ -178,11 +179,12 @@ impl VsockDriver {
         rx.fill_if_low();
         if rx.posted == 0 {
             // There was no memory for even one buffer, and no interrupt will come.
-            queue_work::<{ work::RX }>(self.clone());
+            drop(guard);
+            queue_work_without_memory::<{ work::RX }>(self.clone());
         }
     }
 
-    /// Takes a packet apart and finds the socket that it is for.
+    /// Takes a packet apart and finds the socket that it is for. Needs the rx mutex; sleeps, and takes the socket's lock.
     fn receive(self: &Arc<Self>, mut packet: SkBuff<()>) {
         let Some(raw_header) = packet.copy_front::<HEADER_LEN>() else {
             self.statistics.dropped_short.increment();
@@ -263,7 +265,7 @@ impl VsockDriver {
         }
     }
 
-    /// Does what a packet means for the socket that it was found to be for.
+    /// Does what a packet means for the socket that it was found to be for. Needs the rx mutex; sleeps.
     fn receive_for(
         &self,
         socket: &LockedSocket<'_>,
@@ -337,7 +339,7 @@ impl VsockDriver {
                 self.finish_connection(socket, &connection);
             }
             Step::PeerForgot => {
-                self.send_final_reset(socket, connection, Message::reply(Op::Rst));
+                self.send_final_reset(socket, connection, ControlPacket::reply(Op::Rst));
                 self.reset_connection(socket, &connection);
             }
             Step::Drop => self.statistics.dropped_state.increment(),
@@ -368,7 +370,7 @@ impl VsockDriver {
                 connection.set_guest_cid(cid);
             }
             // Nothing is received meanwhile, so that the peer's next packet finds the socket in its table.
-            self.send_control(&child, connection, Message::reply(Op::Response))?;
+            self.send_control(&child, connection, ControlPacket::reply(Op::Response))?;
             child.insert_connected();
             listener.enqueue_accept(&child);
         }
@@ -376,7 +378,7 @@ impl VsockDriver {
         Ok(())
     }
 
-    /// Puts payload where readers find it.
+    /// Puts payload where readers find it. Sleeps.
     fn deliver(
         &self,
         socket: &LockedSocket<'_>,
@@ -398,12 +400,12 @@ impl VsockDriver {
         }
         // Its data would be lost, so the connection ends instead.
         self.statistics.credit_exceeded.increment();
-        self.send_final_reset(socket, connection, Message::reply(Op::Rst));
+        self.send_final_reset(socket, connection, ControlPacket::reply(Op::Rst));
         self.finish_connection(socket, &connection);
         socket.fail(ENOBUFS.into());
     }
 
-    /// Notes what the peer has shut down by now.
+    /// Notes what the peer has shut down by now. Sleeps.
     fn peer_shut_down(
         &self,
         socket: &LockedSocket<'_>,
@@ -415,7 +417,7 @@ impl VsockDriver {
         if directions == Directions::BOTH {
             if connection.unread() == 0 {
                 // Nothing is to be read any more: this answers the peer's close.
-                self.send_final_reset(socket, connection, Message::reply(Op::Rst));
+                self.send_final_reset(socket, connection, ControlPacket::reply(Op::Rst));
                 self.finish_connection(socket, &connection);
             } else {
                 self.cancel_waiting(&connection);
@@ -429,7 +431,7 @@ impl VsockDriver {
     }
 
     /// Ends a connection that the peer has closed. What was received can still be read, and the peer may use its port
-    /// anew: what waits to be sent, but for a last RST, is the caller's to cancel before.
+    /// anew: what waits to be sent, but for a last RST, is the caller's to cancel before. Sleeps.
     pub(super) fn finish_connection(&self, socket: &LockedSocket<'_>, connection: &Connection) {
         socket.set_done();
         socket.set_peer_shutdown(Directions::BOTH);
@@ -443,7 +445,7 @@ impl VsockDriver {
         }
     }
 
-    /// Takes a closed socket out of the core's tables.
+    /// Takes a closed socket out of the core's tables. Sleeps.
     pub(super) fn forget(&self, socket: &LockedSocket<'_>, connection: &Connection) {
         connection.purge();
         socket.remove_from_tables();
@@ -452,7 +454,7 @@ impl VsockDriver {
     /// Ends a connection that the device has lost: every call of the application fails with ECONNRESET. Returns
     /// whether there was one that had not come to its end.
     ///
-    /// What waits to be sent on it is the caller's to cancel.
+    /// What waits to be sent on it is the caller's to cancel. Sleeps.
     pub(super) fn reset_connection(
         &self,
         socket: &LockedSocket<'_>,

@@ -7,7 +7,7 @@
 use super::{
     connection::{Connection, Received, ResetState},
     rx::protocol_type,
-    tx::Message,
+    tx::ControlPacket,
     VsockDriver, //
 };
 use crate::{
@@ -67,7 +67,7 @@ impl Transport for VsockDriver {
             return;
         };
         if !socket.is_done() {
-            self.send_final_reset(socket, connection, Message::of(Op::Rst));
+            self.send_final_reset(socket, connection, ControlPacket::of(Op::Rst));
             self.finish_connection(socket, &connection);
         }
         self.forget(socket, &connection);
@@ -76,7 +76,7 @@ impl Transport for VsockDriver {
     fn connect(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) -> Result {
         // Read before the request goes: a response to one of before a reset is never taken for one to a request of after it.
         connection.note_request(self.resets.load(Acquire));
-        self.send_control(socket, connection, Message::of(Op::Request))
+        self.send_control(socket, connection, ControlPacket::of(Op::Request))
     }
 
     fn cancel(self: ArcBorrow<'_, Self>, socket: &LockedSocket<'_>) {
@@ -282,8 +282,12 @@ impl Transport for VsockDriver {
         self.send(socket, connection, message, len)
     }
 
-    fn is_readable(connection: &Connection, low_water: usize) -> bool {
-        connection.is_readable(low_water)
+    fn is_readable(&self, connection: &Connection, low_water: usize) -> bool {
+        let is_readable = connection.is_readable(low_water);
+        if !is_readable {
+            self.send_batch();
+        }
+        is_readable
     }
 
     fn readable_messages(connection: &Connection) -> usize {
@@ -401,7 +405,7 @@ impl VsockDriver {
         if socket.peer_shutdown() == Directions::BOTH {
             // The peer has closed, this is the answer. It may have been given already.
             if !socket.is_done() {
-                self.send_final_reset(socket, connection, Message::of(Op::Rst));
+                self.send_final_reset(socket, connection, ControlPacket::of(Op::Rst));
             }
             return Closed::Now;
         }
@@ -430,14 +434,16 @@ impl VsockDriver {
     ) -> Result {
         // The protocol's flags are the socket layer's bits.
         let flags = directions.bits();
-        if !connection.note_shutdown_sent(flags) {
+        if connection.has_sent_shutdown(flags) {
             return Ok(());
         }
-        let message = Message {
+        let packet = ControlPacket {
             flags,
-            ..Message::of(Op::Shutdown)
+            ..ControlPacket::of(Op::Shutdown)
         };
-        self.send_control(socket, connection, message)
+        self.send_control(socket, connection, packet)?;
+        connection.note_shutdown_sent(flags);
+        Ok(())
     }
 }
 

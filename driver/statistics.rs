@@ -62,7 +62,7 @@ statistics! {
     rx_packets,
     /// Payload of those, in bytes.
     rx_bytes,
-    /// Packets that were given to the transmit virtqueue.
+    /// Packets that the transmit virtqueue has taken.
     tx_packets,
     /// Payload of those, in bytes.
     tx_bytes,
@@ -78,11 +78,11 @@ statistics! {
     dropped_cid,
     /// Packets that make no sense in their connection's state, unknown operations among them.
     dropped_state,
-    /// Packets that could not be sent because the device is gone or broken.
+    /// Packets that could not be sent: the device is gone or broken, or there was no memory to map them.
     dropped_tx,
     /// Packets with an unknown socket type.
     unknown_type,
-    /// RST sent because there is no socket for a packet.
+    /// RST sent because there is no socket for a packet, or no connection for a tuple of an update.
     rst_no_socket,
     /// Connections that were reset because their peer sent more than its credit.
     credit_exceeded,
@@ -98,7 +98,7 @@ statistics! {
     cid_updates,
     /// Connections that went on by other addresses.
     kept_connections,
-    /// Updates of CIDs that were not valid, each of which was a transport reset instead.
+    /// Updates of CIDs that were refused, each of which was a transport reset instead; the log says why.
     refused_updates,
     /// Events of unknown kind or wrong length.
     unknown_events,

@@ -13,6 +13,8 @@ use super::{
     connection::{Connection, ResetState},
     purpose,
     queue_work,
+    queue_work_without_memory,
+    statistics::Statistics,
     work,
     VsockDriver, //
 };
@@ -161,7 +163,7 @@ pub(crate) struct TxState {
     /// `None` while there is no device.
     device: Option<TxQueue>,
     pub(super) backlog: Backlog,
-    /// Whether the receiver has stopped until fewer answers wait.
+    /// Whether the receiver of packets or that of events has stopped until fewer answers wait.
     parked: bool,
     /// How many packets went to the backlog though there may have been room, since it was emptied as far as that.
     batched: u32,
@@ -172,6 +174,7 @@ pub(crate) struct TxQueue {
     queue: Virtqueue<Outgoing, ToDevice>,
     /// Packets that the device has.
     in_flight: usize,
+    statistics: Arc<Statistics>,
 }
 
 impl TxQueue {
@@ -182,8 +185,11 @@ impl TxQueue {
                 monitor::show(Direction::Sent, header, purpose, &packet);
             }
         }
+        let payload_len = packet.control().payload_len();
         self.queue.push(packet)?;
         self.in_flight += 1;
+        self.statistics.tx_packets.increment();
+        self.statistics.tx_bytes.add(payload_len);
         Ok(())
     }
 
@@ -300,7 +306,7 @@ impl Tx {
     }
 
     /// Begins to use a device's queue.
-    pub(crate) fn start(&self, queue: RawQueue) {
+    pub(crate) fn start(&self, queue: RawQueue, statistics: Arc<Statistics>) {
         let queue = Virtqueue::from(queue);
         let longest = if queue.takes_any_packet() {
             MAX_PAYLOAD
@@ -312,6 +318,7 @@ impl Tx {
         self.state.lock().device = Some(TxQueue {
             queue,
             in_flight: 0,
+            statistics,
         });
     }
 
@@ -339,14 +346,14 @@ impl Tx {
             .is_some_and(|device| device.queue.is_broken())
     }
 
-    /// Frees what waits for a device that is gone. Sleeps.
-    pub(crate) fn drop_backlog(&self) {
+    /// Frees what waits for a device that is gone; says how many packets that was. Sleeps.
+    pub(crate) fn drop_backlog(&self) -> usize {
         let mut state = self.state.lock();
         state.parked = false;
         let waiting = state.take_all_waiting();
         // Freed outside of the lock: that calls back into sockets.
         drop(state);
-        drop(waiting);
+        waiting.len()
     }
 
     /// Whether so many answers wait that no more packets and updates should be received. Whoever is told so stops
@@ -357,8 +364,10 @@ impl Tx {
             return false;
         }
         let mut state = self.state.lock();
-        state.parked = state.waiting_replies() >= MAX_WAITING_REPLIES;
-        state.parked
+        let is_congested = state.waiting_replies() >= MAX_WAITING_REPLIES;
+        // Packets and events ask by turns: who may go on now says nothing of the other, who may have stopped before.
+        state.parked |= is_congested;
+        is_congested
     }
 
     /// Whether the receiver has stopped and can go on. It is told once.
@@ -370,9 +379,9 @@ impl Tx {
     }
 }
 
-/// What a packet of a connection says besides its addresses.
+/// What a packet of a connection without payload says besides its addresses.
 #[derive(Clone, Copy)]
-pub(crate) struct Message {
+pub(crate) struct ControlPacket {
     /// What it is for.
     pub(crate) op: Op,
     /// Flags of `op`.
@@ -381,7 +390,7 @@ pub(crate) struct Message {
     pub(crate) is_reply: bool,
 }
 
-impl Message {
+impl ControlPacket {
     /// A packet that the driver sends on behalf of an application.
     pub(crate) const fn of(op: Op) -> Self {
         Self {
@@ -446,10 +455,11 @@ impl VsockDriver {
         &self,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Connection>,
-        message: Message,
+        packet: ControlPacket,
     ) -> Result {
-        let control = Outgoing::control(connection, message.is_reply);
-        self.send_counted(socket, &connection, message, control)
+        let control = Outgoing::control(connection, packet.is_reply);
+        let packet = self.make_control(socket, &connection, packet, control)?;
+        self.transmit_control(&connection, packet)
     }
 
     /// Sends RST on a connection that is over; what waits of it is of no use to the peer. May sleep.
@@ -457,37 +467,41 @@ impl VsockDriver {
         &self,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Connection>,
-        message: Message,
+        packet: ControlPacket,
     ) {
         // Otherwise a new connection between the same ports could overtake it.
         let has_lost_answer = self.cancel_waiting(&connection);
-        let sent = self.send_control(socket, connection, message);
+        let sent = self.send_control(socket, connection, packet);
         if sent.is_err() && has_lost_answer {
             // The device sends nothing to the peer, and nothing of it, until there is one.
-            if let Ok(header) = self.header(socket, &connection, message.op, message.flags, 0) {
-                self.send_for_sure(&header);
+            if let Ok(header) = self.header(socket, &connection, packet.op, packet.flags, 0) {
+                self.send_nofail(&header);
             }
         }
         // Otherwise, out of memory or without a device, the peer is left to its own timeout.
     }
 
-    fn send_counted(
+    fn make_control(
         &self,
         socket: &LockedSocket<'_>,
         connection: &Connection,
-        message: Message,
+        packet: ControlPacket,
         control: Outgoing,
-    ) -> Result {
-        let header = self.header(socket, connection, message.op, message.flags, 0)?;
-        let packet = SkBuff::outgoing(
+    ) -> Result<OutgoingPacket> {
+        let header = self.header(socket, connection, packet.op, packet.flags, 0)?;
+        SkBuff::outgoing(
             Some(socket),
             &header.to_bytes(),
             Payload::None,
             None,
             control,
-        )?;
+        )
+    }
+
+    fn transmit_control(&self, connection: &Connection, packet: OutgoingPacket) -> Result {
+        let is_reply = packet.control().is_reply();
         self.transmit(packet)?;
-        if !message.is_reply {
+        if !is_reply {
             self.moderation.note_pause();
         }
         connection.advertised();
@@ -558,17 +572,18 @@ impl VsockDriver {
         connection: ArcBorrow<'_, Connection>,
         is_reply: bool,
     ) {
-        if connection.has_many_waiting_updates() {
+        let replaces_waiting = connection.has_many_waiting_updates();
+        let control = Outgoing::credit_update(connection, is_reply);
+        let packet = ControlPacket::of(Op::CreditUpdate);
+        let Ok(update) = self.make_control(socket, &connection, packet, control) else {
+            return;
+        };
+        if replaces_waiting {
             // This one says all that they do. Those that the device has already are as many as its queue takes.
             let waiting = self.tx.state.lock().take_credit_updates(&connection);
             drop(waiting);
         }
-        let control = Outgoing::credit_update(connection, is_reply);
-        let message = Message::of(Op::CreditUpdate);
-        if self
-            .send_counted(socket, &connection, message, control)
-            .is_ok()
-        {
+        if self.transmit_control(&connection, update).is_ok() {
             self.statistics.credit_updates.increment();
         }
     }
@@ -611,7 +626,7 @@ impl VsockDriver {
     }
 
     fn transmit_or_batch(&self, packet: OutgoingPacket, may_batch: bool) -> Result<Sent> {
-        let (payload, is_reply) = (packet.control().payload_len(), packet.control().is_reply());
+        let is_reply = packet.control().is_reply();
         // The lock is released at the end of this statement.
         let sent = self.tx.state.lock().push_or_wait(packet, may_batch);
         match sent {
@@ -622,8 +637,6 @@ impl VsockDriver {
                         self.tx.replies_wait.store(true, Relaxed);
                     }
                 }
-                self.statistics.tx_packets.increment();
-                self.statistics.tx_bytes.add(payload);
                 Ok(sent)
             }
             // The packet is freed here, outside of the lock: that wakes writers.
@@ -648,6 +661,7 @@ impl VsockDriver {
         // Freed after the lock is released: freeing calls back into sockets.
         let mut used = SkBuffQueue::new();
         let mut sender = None;
+        let mut lacks_memory = false;
         {
             let mut state = self.tx.state.lock();
             loop {
@@ -682,7 +696,7 @@ impl VsockDriver {
                 used.prepend(lost);
             } else if is_empty && !state.nothing_waits() {
                 // There was no memory to map even one packet, and no interrupt will come.
-                queue_work::<{ work::TX }>(self.clone());
+                lacks_memory = true;
             }
         }
         if let Some(sender) = sender {
@@ -693,6 +707,9 @@ impl VsockDriver {
             cond_resched();
         }
         self.resume();
+        if lacks_memory {
+            queue_work_without_memory::<{ work::TX }>(self.clone());
+        }
     }
 
     /// Lets the receiver go on, where it has stopped and few enough answers wait.
@@ -712,7 +729,7 @@ impl VsockDriver {
         host_cid: Cid,
     ) {
         // Without a device there is nobody to tell.
-        let Ok(packet) = self.control_for_sure(socket, connection, Op::CreditRequest, false) else {
+        let Ok(packet) = self.control_nofail(socket, connection, Op::CreditRequest, false) else {
             return;
         };
         let lost = {
@@ -732,7 +749,7 @@ impl VsockDriver {
     }
 
     /// Makes a packet of a connection without payload, whatever memory there is; fails without a device.
-    fn control_for_sure(
+    fn control_nofail(
         &self,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Connection>,
@@ -740,7 +757,7 @@ impl VsockDriver {
         is_reply: bool,
     ) -> Result<OutgoingPacket> {
         let header = self.header(socket, &connection, op, 0, 0)?;
-        Ok(OutgoingPacket::outgoing_for_sure(
+        Ok(OutgoingPacket::outgoing_nofail(
             Some(socket),
             &header.to_bytes(),
             Outgoing::control(connection, is_reply),
@@ -751,7 +768,7 @@ impl VsockDriver {
     /// connection. Sleeps.
     pub(crate) fn probe(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) {
         // Without a device there is nobody to ask.
-        let Ok(packet) = self.control_for_sure(socket, connection, Op::CreditUpdate, true) else {
+        let Ok(packet) = self.control_nofail(socket, connection, Op::CreditUpdate, true) else {
             return;
         };
         // Only the device can be missing.
@@ -760,8 +777,8 @@ impl VsockDriver {
     }
 
     /// Sends a packet of no connection, whatever memory there is. Sleeps.
-    pub(crate) fn send_for_sure(&self, header: &Header) {
-        let packet = OutgoingPacket::outgoing_for_sure(
+    pub(crate) fn send_nofail(&self, header: &Header) {
+        let packet = OutgoingPacket::outgoing_nofail(
             None,
             &header.to_bytes(),
             Outgoing::unconnected_reply(),

@@ -68,6 +68,9 @@ impl Updates {
     }
 }
 
+/// Why an update is refused that the device is not to blame for.
+const NO_MEMORY: &str = "there is no memory for it";
+
 /// What an update makes of a connection.
 enum Fate {
     Kept,
@@ -82,21 +85,21 @@ impl VsockDriver {
         part: &UpdatePart<'_>,
         device: &LiveDevice,
     ) {
-        let is_refused = match updates.collector.add(part) {
+        match updates.collector.add(part) {
             Collected::OfRefused => {
                 // Packets of before the update may have made connections since it was refused.
                 self.reset_all_connections();
-                self.reset_listed(part.tuples().flatten());
-                return;
             }
-            Collected::Refused => true,
-            Collected::Taken => updates.append(part).is_err(),
-        };
-        if is_refused {
-            updates.collector.refuse(part);
-            self.refuse_update(updates, device);
-            self.reset_listed(part.tuples().flatten());
+            Collected::Refused => {
+                self.refuse_update(updates, device, "a part is missing, or cannot be");
+            }
+            Collected::Taken if updates.append(part).is_ok() => return,
+            Collected::Taken => {
+                updates.collector.refuse(part);
+                self.refuse_update(updates, device, NO_MEMORY);
+            }
         }
+        self.reset_listed(part.tuples().flatten());
     }
 
     /// Applies the update that is due, where all packets of before it were handled. Returns whether none waits any
@@ -119,10 +122,11 @@ impl VsockDriver {
             Due::Now(update) => update,
         };
         self.update_waits.store(false, Relaxed);
-        if !prepare(&update, self.guest_cid(), &mut updates.tuples, sort_by_key)
-            || self.apply(&update, &mut updates.tuples, device).is_err()
-        {
-            self.refuse_update(updates, device);
+        if !prepare(&update, self.guest_cid(), &mut updates.tuples, sort_by_key) {
+            let why = "it has a connection twice, or is not for the guest's CID";
+            self.refuse_update(updates, device, why);
+        } else if self.apply(&update, &mut updates.tuples, device).is_err() {
+            self.refuse_update(updates, device, NO_MEMORY);
         }
         updates.tuples = KVVec::new();
         true
@@ -136,7 +140,7 @@ impl VsockDriver {
             let (updates, device) = events.updates_and_device();
             if updates.is_due() {
                 updates.collector.discard();
-                self.refuse_update(updates, device);
+                self.refuse_update(updates, device, "packets of before it are missing");
             }
         }
         // Events wait behind it.
@@ -145,10 +149,10 @@ impl VsockDriver {
 
     /// Treats an update that cannot be applied as a transport reset; the device is told of each connection that it has
     /// listed so far.
-    pub(super) fn refuse_update(&self, updates: &mut Updates, device: &LiveDevice) {
+    fn refuse_update(&self, updates: &mut Updates, device: &LiveDevice, why: &str) {
         self.statistics.refused_updates.increment();
         if may_log() {
-            pr_warn!("the device's update of CIDs is not valid, or there is no memory for it\n");
+            pr_warn!("the device's update of CIDs is refused: {why}\n");
         }
         let tuples = updates.take_tuples();
         self.transport_reset(device);
@@ -240,7 +244,7 @@ impl VsockDriver {
             return;
         };
         for tuple in tuples {
-            self.send_for_sure(&tuple.reset(guest_cid));
+            self.send_nofail(&tuple.reset(guest_cid));
             self.statistics.rst_no_socket.increment();
             cond_resched();
         }

@@ -3,7 +3,10 @@
 //! What the device says on its event queue (virtio 5.10.6.7, `struct virtio_vsock_event`; the update of CIDs is an
 //! extension, Documentation/checkpoint.md).
 
-use super::update::{Tuple, UpdatePart, TUPLE_LEN};
+use super::{
+    fields::Fields,
+    update::{Tuple, UpdatePart, TUPLE_LEN},
+};
 
 /// Length of an event without any data, in bytes.
 pub const EVENT_LEN: usize = 4;
@@ -15,7 +18,9 @@ pub const CID_UPDATE_LEN: usize = 40;
 pub const LONG_EVENT_LEN: usize = 4096;
 
 const TRANSPORT_RESET: u32 = 0;
-const CID_UPDATE: u32 = 1;
+
+/// The number of an update of CIDs.
+pub const CID_UPDATE: u32 = 1;
 
 /// An event.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,33 +75,6 @@ fn parse_update(bytes: &[u8]) -> UpdatePart<'_> {
         tuples,
         reserved == 0 && len == Some(bytes.len()),
     )
-}
-
-/// Little-endian fields, one after the other; 0 behind their end.
-pub(super) struct Fields<'a>(pub(super) &'a [u8]);
-
-impl Fields<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
-        match self.0.split_first_chunk::<N>() {
-            Some((field, rest)) => {
-                self.0 = rest;
-                *field
-            }
-            None => [0; N],
-        }
-    }
-
-    pub(super) fn le16(&mut self) -> u16 {
-        u16::from_le_bytes(self.take())
-    }
-
-    pub(super) fn le32(&mut self) -> u32 {
-        u32::from_le_bytes(self.take())
-    }
-
-    pub(super) fn le64(&mut self) -> u64 {
-        u64::from_le_bytes(self.take())
-    }
 }
 
 /// The tuples of an update that the device sent by `bytes`, [`TUPLE_LEN`] bytes each; `None` for those that cannot be.

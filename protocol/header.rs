@@ -2,7 +2,7 @@
 
 //! The header that every packet begins with (virtio 5.10.6, `struct virtio_vsock_hdr`).
 
-use super::cid::Cid;
+use super::{cid::Cid, fields::Fields};
 
 /// Length of a header on the wire, in bytes.
 pub const HEADER_LEN: usize = 44;
@@ -126,20 +126,6 @@ pub struct Header {
     pub fwd_cnt: u32,
 }
 
-/// Reads little-endian fields one after the other.
-struct Fields<'a>(&'a [u8; HEADER_LEN], usize);
-
-impl Fields<'_> {
-    fn take<const N: usize>(&mut self) -> [u8; N] {
-        let mut field = [0; N];
-        for (to, from) in field.iter_mut().zip(self.0.iter().skip(self.1)) {
-            *to = *from;
-        }
-        self.1 += N;
-        field
-    }
-}
-
 impl Header {
     /// The end of a message that the payload has: `None` for none, else whether it ends a record, too.
     pub fn message_end(&self) -> Option<bool> {
@@ -151,19 +137,19 @@ impl Header {
     ///
     /// The caller passes its own copy of the bytes: what the device can still write is read once.
     pub fn parse(bytes: &[u8; HEADER_LEN]) -> Self {
-        let mut fields = Fields(bytes, 0);
+        let mut fields = Fields(bytes);
         // The order of these lines is the order on the wire.
         Header {
-            src_cid: u64::from_le_bytes(fields.take()),
-            dst_cid: u64::from_le_bytes(fields.take()),
-            src_port: u32::from_le_bytes(fields.take()),
-            dst_port: u32::from_le_bytes(fields.take()),
-            len: u32::from_le_bytes(fields.take()),
-            socket_type: u16::from_le_bytes(fields.take()).into(),
-            op: u16::from_le_bytes(fields.take()).into(),
-            flags: u32::from_le_bytes(fields.take()),
-            buf_alloc: u32::from_le_bytes(fields.take()),
-            fwd_cnt: u32::from_le_bytes(fields.take()),
+            src_cid: fields.le64(),
+            dst_cid: fields.le64(),
+            src_port: fields.le32(),
+            dst_port: fields.le32(),
+            len: fields.le32(),
+            socket_type: fields.le16().into(),
+            op: fields.le16().into(),
+            flags: fields.le32(),
+            buf_alloc: fields.le32(),
+            fwd_cnt: fields.le32(),
         }
     }
 

@@ -18,6 +18,7 @@ pub mod cid;
 pub mod connection;
 pub mod credit;
 pub mod event;
+mod fields;
 pub mod header;
 pub mod update;
 
