@@ -106,14 +106,6 @@ struct SockOption {
 }
 
 #[derive(Deserialize)]
-struct Many {
-    count: usize,
-    fd: Option<RawFd>,
-    cid: Option<u32>,
-    port: Option<u32>,
-}
-
-#[derive(Deserialize)]
 struct Interface {
     interface: String,
 }
@@ -212,6 +204,7 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
             json!(observe::redirect(from, to)?)
         }
         "send_small" => send_small(&params(given)?)?,
+        "recv_small" => recv_small(&params(given)?)?,
         "send_pattern" => {
             let mut sent = 0;
             send_pattern(&params(given)?, &mut sent)?;
@@ -287,7 +280,6 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
         "siocinq" => json!(sys::ioctl_int(params::<Fd>(given)?.fd, libc::FIONREAD)?),
         "siocoutq" => json!(sys::ioctl_int(params::<Fd>(given)?.fd, libc::TIOCOUTQ)?),
         "local_cid" => json!(sys::local_cid()?),
-        "connect_many" => connect_many(&params(given)?)?,
         "accept_many" => accept_many(&params(given)?)?,
         "sh" => run_script(&params::<Script>(given)?.script)?,
         _ => bail!("no method {method:?}"),
@@ -300,6 +292,18 @@ fn send_small(wanted: &Small) -> Result<Value> {
         sys::send(wanted.fd, b"s", 0)?;
     }
     Ok(json!(wanted.count))
+}
+
+/// Receives so many bytes, and as many more as come with the last of them; says how many.
+fn recv_small(wanted: &Small) -> Result<Value> {
+    let mut buffer = vec![0; PATTERN_PART];
+    let mut received = 0;
+    while received < wanted.count {
+        let len = sys::recv(wanted.fd, &mut buffer, 0)?;
+        ensure!(len > 0, "the end after {received} bytes");
+        received += len as u64;
+    }
+    Ok(json!(received))
 }
 
 fn without_end() -> u64 {
@@ -377,27 +381,12 @@ fn recv_messages(wanted: &Messages) -> Result<Value> {
     }
 }
 
-fn connect_many(wanted: &Many) -> Result<Value> {
-    let (cid, port) = (
-        wanted.cid.context("cid is missing")?,
-        wanted.port.context("port is missing")?,
-    );
-    allow_descriptors(wanted.count)?;
-    let mut fds = Vec::with_capacity(wanted.count);
-    for _ in 0..wanted.count {
-        let fd = sys::socket(libc::SOCK_STREAM)?;
-        sys::connect(fd, cid, port)?;
-        fds.push(fd);
-    }
-    Ok(json!(fds))
-}
-
-fn accept_many(wanted: &Many) -> Result<Value> {
-    let listener = wanted.fd.context("fd is missing")?;
-    allow_descriptors(wanted.count)?;
-    let mut fds = Vec::with_capacity(wanted.count);
-    for _ in 0..wanted.count {
-        fds.push(sys::accept(listener)?);
+fn accept_many(wanted: &Small) -> Result<Value> {
+    let count = usize::try_from(wanted.count)?;
+    allow_descriptors(count)?;
+    let mut fds = Vec::with_capacity(count);
+    for _ in 0..count {
+        fds.push(sys::accept(wanted.fd)?);
     }
     Ok(json!(fds))
 }

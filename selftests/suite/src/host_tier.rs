@@ -150,6 +150,7 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
     }
 
     let mut failures: BTreeMap<(Role, u32), Vec<String>> = BTreeMap::new();
+    let mut runs: BTreeMap<Role, u32> = BTreeMap::new();
     'rounds: for round in 1..=options.repeat {
         for (role, of_role) in &wanted {
             if of_role.is_empty() {
@@ -180,6 +181,7 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
                     begun.elapsed().as_secs_f64()
                 );
             }
+            *runs.entry(*role).or_default() += 1;
             for (id, text) in failed {
                 if options.repeat > 1 {
                     eprintln!("  test {id}: {}", text.replace('\n', "\n  "));
@@ -196,14 +198,18 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
         }
     }
     for (role, of_role) in &wanted {
+        let runs = runs.get(role).copied().unwrap_or_default();
         for test in of_role {
             let outcome = match failures.get(&(*role, test.id)) {
-                None => Outcome::Passed,
+                None if runs == options.repeat => Outcome::Passed,
+                None => Outcome::Failed(format!(
+                    "run {runs} of {} times: a machine was lost before",
+                    options.repeat
+                )),
                 Some(texts) if options.repeat == 1 => Outcome::Failed(texts.join("\n")),
                 Some(texts) => Outcome::Failed(format!(
-                    "{} of {} runs failed\n{}",
+                    "{} of {runs} runs failed\n{}",
                     texts.len(),
-                    options.repeat,
                     texts.join("\n")
                 )),
             };

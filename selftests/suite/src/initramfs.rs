@@ -166,7 +166,7 @@ impl<'a> Initramfs<'a> {
     pub fn guest_for_upstream(&mut self, driver: Driver) -> Result<()> {
         self.modules(&["virtio_net"])?;
         self.driver(driver)?;
-        self.modules(&["vsock_diag"])?;
+        self.modules(&["vsock_diag", "vsock_loopback"])?;
         self.upstream_programs()
     }
 

@@ -31,6 +31,9 @@ use crate::Driver;
 /// How long anything may take that takes moments when nothing else runs.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
+/// How many answers may wait for the device, by Documentation/data-path.md.
+pub const WAITING_ANSWERS: i64 = 128;
+
 /// How long a test looks whether something happens that should not.
 pub const A_WHILE: Duration = Duration::from_millis(700);
 
@@ -354,6 +357,7 @@ impl<'a> Lab<'a> {
         };
         let mut config = self.device_config(cid, &name);
         config.features |= hardware.features;
+        config.features &= !hardware.without_features;
         let device = Device::start(config.clone(), self.switch.clone())?;
         let socket = stand_between(&config.socket)?;
         let mut initramfs = Initramfs::new(self.env)?;
@@ -559,6 +563,17 @@ impl Guest {
             .find(|(counter, _)| *counter == name);
         let (_, value) = line.with_context(|| format!("there is no counter {name} in {text:?}"))?;
         Ok(value.parse()?)
+    }
+
+    /// Waits until our driver has stopped receiving, because the device takes no answers: 128 of them wait.
+    pub fn wait_congested(&self) -> Result<()> {
+        let mut received_before = None;
+        wait_for("the guest to stop receiving", || {
+            let received = self.counter("rx_packets")?;
+            let stands_still = received_before.replace(received) == Some(received);
+            let has_answers = self.counter("tx_waited")? >= WAITING_ANSWERS;
+            Ok(stands_still && has_answers && self.device.posted_buffers().0 == 0)
+        })
     }
 
     /// Waits until a counter of our driver is at least `value`.

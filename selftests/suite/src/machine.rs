@@ -164,6 +164,8 @@ pub struct Hardware {
     pub ring: u16,
     /// More feature bits that the device offers.
     pub features: u64,
+    /// Feature bits that it does not offer.
+    pub without_features: u64,
     /// More properties of the device, as QEMU takes them.
     pub device_properties: &'static str,
     /// More parameters of the kernel.
@@ -202,6 +204,7 @@ impl Default for Hardware {
             bus: Bus::Pci,
             ring: 128,
             features: 0,
+            without_features: 0,
             device_properties: "",
             kernel_parameters: "",
             agent_on_serial_port: false,

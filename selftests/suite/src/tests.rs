@@ -96,13 +96,13 @@ tests! {
     units: migrated_service, journal_is_forwarded;
     sharing: fairness, order_is_kept, memory_of_small_packets;
     namespaces: global_mode, local_mode;
-    hardware: ring_sizes, without_ring_features, platform_dma, mmio, needs_reset;
+    hardware: ring_sizes, without_ring_features, kinds_of_sockets, platform_dma, mmio, needs_reset;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
         hotplug, two_devices, suspend;
     upstream: vsock_test, vsock_diag_test, vsock_uring_test;
     observe: vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics, sockmap;
     hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, tx_not_consumed,
-        reply_flood;
+        reply_flood, credit_request_flood;
 }
 
 tests_on_packed_rings! {

@@ -69,6 +69,23 @@ impl fmt::Display for Said {
     }
 }
 
+/// What a test came to with a driver.
+struct Outcome {
+    test: String,
+    said: Said,
+    /// How often a guest hung in it.
+    hangs: usize,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.hangs {
+            0 => self.said.fmt(f),
+            hangs => write!(f, "{}, hung {hangs} x", self.said),
+        }
+    }
+}
+
 /// The tests in the output of `vmtest.sh`, in its order.
 fn parse_results(output: &str) -> Vec<(String, Said)> {
     let parse = |line: &str| {
@@ -113,32 +130,40 @@ pub fn run(env: &Env, disk: &Path, drivers: &[Driver], tests: &[String]) -> Resu
         // All are waited for, also when one has failed.
         lists.collect::<Vec<_>>()
     });
-    let lists = lists.into_iter().collect::<Result<Vec<_>>>()?;
-    let (first, driver) = match (lists.first(), drivers.first()) {
-        (Some(first), Some(driver)) => (first, driver),
+    let mut lists = lists.into_iter();
+    let (first, driver) = match (lists.next(), drivers.first()) {
+        (Some(first), Some(driver)) => (first?, driver),
         _ => bail!("no driver was given"),
     };
+    // What stands beside is not under test: where it failed as a whole, it says of no test what it came to.
+    let others = lists.map(|list| {
+        list.unwrap_or_else(|error| {
+            eprintln!("  {error:#}");
+            Vec::new()
+        })
+    });
+    let lists: Vec<_> = std::iter::once(first).chain(others).collect();
 
-    let said = |list: &[(String, Said)], name: &str| {
-        let found = list.iter().find(|(of, _)| of == name);
-        found.map_or_else(|| "-".to_owned(), |(_, said)| said.to_string())
+    let said = |list: &[Outcome], test: &str| {
+        let found = list.iter().find(|outcome| outcome.test == test);
+        found.map_or_else(|| "-".to_owned(), Outcome::to_string)
     };
     print!("\n{:50}", "vmtest.sh");
     for driver in drivers {
         print!("  {:26}", driver.module());
     }
-    for (name, _) in first {
-        print!("\n{name:50}");
+    for Outcome { test, .. } in &lists[0] {
+        print!("\n{test:50}");
         for list in &lists {
-            print!("  {:26}", said(list, name));
+            print!("  {:26}", said(list, test));
         }
     }
     println!("\n");
     let reporter = Reporter::new(*driver, "make test-vmtest TESTS=");
-    for (name, with_first) in first {
-        match with_first {
-            Said::Ok => reporter.passed(name, begun),
-            _ => reporter.failed(name, begun, &with_first.to_string()),
+    for outcome in &lists[0] {
+        match outcome.said {
+            Said::Ok => reporter.passed(&outcome.test, begun),
+            _ => reporter.failed(&outcome.test, begun, &outcome.to_string()),
         }
     }
     let tally = reporter.tally();
@@ -147,14 +172,10 @@ pub fn run(env: &Env, disk: &Path, drivers: &[Driver], tests: &[String]) -> Resu
 }
 
 /// Runs `tests`, or all, in guests that have `driver`.
-fn run_with(
-    env: &Env,
-    disk: &Path,
-    tests: &[String],
-    driver: Driver,
-) -> Result<Vec<(String, Said)>> {
+fn run_with(env: &Env, disk: &Path, tests: &[String], driver: Driver) -> Result<Vec<Outcome>> {
     let name = driver.module();
-    let mut list = Vec::new();
+    let mut list: Vec<(String, Said)> = Vec::new();
+    let mut hung = Vec::new();
     let mut remaining = tests.to_vec();
     for _ in 0..ATTEMPTS {
         let run = run_once(env, disk, &remaining, driver)?;
@@ -164,26 +185,33 @@ fn run_with(
                 None => list.push((test, said)),
             }
         }
-        if run.hung.is_empty() {
+        remaining = run.to_run_again;
+        if remaining.is_empty() {
             break;
         }
         eprintln!("  {name}: a guest hung in {}", run.hung.join(", "));
-        remaining = run.hung;
+        hung.extend(run.hung);
     }
-    // What hung each time counts as well, also where it was never run to an end.
+    // What was never run to an end counts as well.
     for test in remaining {
         if list.iter().all(|(of, _)| *of != test) {
             list.push((test, Said::NotOk));
         }
     }
-    Ok(list)
+    let outcome = |(test, said)| {
+        let hangs = hung.iter().filter(|of| **of == test).count();
+        Outcome { test, said, hangs }
+    };
+    Ok(list.into_iter().map(outcome).collect())
 }
 
 /// What one run of `vmtest.sh` came to.
 struct Run {
     said: Vec<(String, Said)>,
-    /// Tests that were not ok, or not run, because a guest hung.
+    /// Tests in which a guest hung.
     hung: Vec<String>,
+    /// These, and those that were not run because of it.
+    to_run_again: Vec<String>,
 }
 
 /// How long nothing was said.
@@ -254,9 +282,12 @@ fn run_once(env: &Env, disk: &Path, tests: &[String], driver: Driver) -> Result<
         std::thread::sleep(PROGRESS_INTERVAL);
     };
 
+    let mut to_run_again = hung.clone();
     if ended.is_none() {
         let was_run = |name: &String| said.iter().any(|(of, _)| of == name);
-        hung.extend(tests.into_iter().filter(|name| !was_run(name)));
+        let not_run: Vec<_> = tests.into_iter().filter(|name| !was_run(name)).collect();
+        hung.extend(not_run.first().cloned());
+        to_run_again.extend(not_run);
     } else if parse_plan(&output) != Some(said.len()) || said.is_empty() {
         bail!("vmtest.sh ended early and said: {output}{}", tail(&details));
     }
@@ -279,7 +310,11 @@ fn run_once(env: &Env, disk: &Path, tests: &[String], driver: Driver) -> Result<
         .collect();
     check_log("a guest", &by_kernels.join("\n"))?;
     check_log("the host", &host.log())?;
-    Ok(Run { said, hung })
+    Ok(Run {
+        said,
+        hung,
+        to_run_again,
+    })
 }
 
 /// The names of all tests, as `vmtest.sh` on a host says when it is asked for help.

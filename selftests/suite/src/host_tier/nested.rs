@@ -299,7 +299,7 @@ END"#,
 /// What the host needs in its initramfs.
 fn build_host<'a>(env: &'a Env, guests: &[GuestSpec], dir: &Path) -> Result<Initramfs<'a>> {
     let mut host = Initramfs::new(env)?;
-    host.modules(&["kvm-amd", "vhost_vsock", "vsock_diag"])?;
+    host.modules(&["kvm-amd", "vhost_vsock", "vsock_diag", "vsock_loopback"])?;
     host.upstream_programs()?;
     add_qemu(&mut host)?;
     host.file("vmlinuz", &env.vmlinuz)?;

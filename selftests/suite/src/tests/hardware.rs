@@ -6,18 +6,26 @@ use anyhow::{ensure, Context, Result};
 use serde_json::json;
 
 use vsock_device::device::{FEATURE_EVENT_IDX, FEATURE_INDIRECT_DESC};
+use vsock_device::Op;
 
 use super::lifecycle::{BIND, UNBIND};
 use super::stream::{exchange_over_the_bridge, HOST};
-use crate::lab::{expect_eq, expect_errno, wait_for, Guest, Lab, CID_ANY, LIMIT, PORT, STREAM};
+use crate::lab::{
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, CID_ANY, LIMIT, PORT, SEQPACKET, STREAM,
+};
 use crate::machine::{Bus, Hardware};
 use crate::Driver;
 
 /// The bound on receive buffers of Documentation/data-path.md.
-const MOST_POSTED: u16 = 512;
+const MAX_RX_BUFFERS: u16 = 512;
 
 /// How often data goes over a ring of one, where guest and device wait for each other with every packet.
 const EXCHANGES_ON_RING_OF_ONE: u32 = 5;
+
+/// Feature bits of virtio 5.10.3, as a set.
+const VIRTIO_VSOCK_F_STREAM: u64 = 1 << 0;
+const VIRTIO_VSOCK_F_SEQPACKET: u64 = 1 << 1;
+const VIRTIO_VSOCK_F_NO_IMPLIED_STREAM: u64 = 1 << 2;
 
 /// Feature bit of virtio 6.
 const VIRTIO_F_ACCESS_PLATFORM: u32 = 33;
@@ -46,7 +54,7 @@ pub fn ring_sizes(lab: &Lab) -> Result<()> {
         if lab.driver == Driver::Rs {
             let (rx, _events) = guest.device.posted_buffers();
             ensure!(
-                rx <= MOST_POSTED,
+                rx <= MAX_RX_BUFFERS,
                 "the device has {rx} receive buffers with a ring of {ring}"
             );
         }
@@ -64,6 +72,46 @@ pub fn without_ring_features(lab: &Lab) -> Result<()> {
     ] {
         lab.set_ring_features(all & !without);
         expect_to_work_on(lab, &Hardware::default())?;
+    }
+    Ok(())
+}
+
+/// Devices whose features leave out a kind of sockets: it cannot be used, the other can.
+pub fn kinds_of_sockets(lab: &Lab) -> Result<()> {
+    let all = VIRTIO_VSOCK_F_STREAM | VIRTIO_VSOCK_F_SEQPACKET;
+    for (features, stream, seqpacket) in [
+        (0, true, false),
+        (VIRTIO_VSOCK_F_SEQPACKET, true, true),
+        (
+            VIRTIO_VSOCK_F_SEQPACKET | VIRTIO_VSOCK_F_NO_IMPLIED_STREAM,
+            false,
+            true,
+        ),
+        (
+            VIRTIO_VSOCK_F_STREAM | VIRTIO_VSOCK_F_NO_IMPLIED_STREAM,
+            true,
+            false,
+        ),
+    ] {
+        let guest = lab.guest_on(&Hardware {
+            features,
+            without_features: all & !features,
+            ..Hardware::default()
+        })?;
+        for (kind, is_there, errno) in [
+            (STREAM, stream, "ENETUNREACH"),
+            (SEQPACKET, seqpacket, "ESOCKTNOSUPPORT"),
+        ] {
+            let what = format!("sockets of type {kind} with the features {features:#b}");
+            let fd = guest.socket(kind)?;
+            if is_there {
+                let peer = Peer::accept(&guest, fd).context(what)?;
+                expect_eq("send()", guest.send(fd, "x")?, 1)?;
+                peer.expect(Op::RW)?;
+            } else {
+                expect_errno(&what, guest.connect(fd, HOST, PORT), errno)?;
+            }
+        }
     }
     Ok(())
 }

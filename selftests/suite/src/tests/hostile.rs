@@ -8,9 +8,9 @@ use vsock_device::device::Queue;
 use vsock_device::{Op, HOST_CID};
 
 use super::hardware::expect_out_of_use_and_bind_again;
-use crate::agent::sh;
 use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM,
+    WAITING_ANSWERS,
 };
 
 /// That the guest still serves.
@@ -73,7 +73,6 @@ pub fn unknown_packets(lab: &Lab) -> Result<()> {
     guest.device.inject(peer.packet(Op(99)));
     guest.device.inject(peer.packet(Op(0)));
     guest.device.inject(peer.packet(Op::RESPONSE));
-    guest.wait_counter("dropped_state", 3)?;
 
     let mut stranger = peer.packet(Op::RW);
     stranger.dst_port = 4711;
@@ -101,7 +100,8 @@ pub fn unknown_packets(lab: &Lab) -> Result<()> {
     peer.send(Op::REQUEST);
     peer.expect(Op::RST)?;
     expect_errno("recv()", guest.recv(fd, 1), "ECONNRESET")?;
-    expect_alive(&guest, listener)
+    expect_alive(&guest, listener)?;
+    guest.wait_counter("dropped_state", 3)
 }
 
 /// Packets from CIDs that nobody has, or for somebody else.
@@ -138,10 +138,12 @@ pub fn wrong_cids(lab: &Lab) -> Result<()> {
         stray.dst_cid = destination;
         guest.device.inject(stray);
     }
-    guest.wait_counter("dropped_cid", (sources.len() + destinations.len()) as i64)?;
+    peer.send_payload(b"its own");
+    expect_eq("recv()", guest.recv(fd, 999)?, "its own".to_owned())?;
     peer.expect_silence()?;
-    expect_eq("SIOCINQ", guest.siocinq(fd)?, 0)?;
-    expect_alive(&guest, listener)
+    expect_alive(&guest, listener)?;
+    let strays = sources.len() + destinations.len();
+    expect_eq("strays", guest.counter("dropped_cid")?, strays as i64)
 }
 
 /// Buffers used that the device was never given: the driver stops using the device, connections fail, and it works again
@@ -239,40 +241,69 @@ pub fn tx_not_consumed(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// How many packets that want an answer come at once.
+const FLOOD: u32 = 3000;
+
+/// How many buffers the transmit virtqueue has.
+const TX_RING: usize = 128;
+
 /// Thousands of packets that want an answer, none of which is taken: the guest stops receiving and goes on later.
 pub fn reply_flood(lab: &Lab) -> Result<()> {
-    const FLOOD: u32 = 3000;
     let guest = lab.guest()?;
     let listener = guest.listener(PORT)?;
     let peer = Peer::connect(&guest)?;
     let fd = guest.accept(listener)?;
     guest.device.hold_tx(true);
     for at in 0..FLOOD {
-        let mut packet = peer.packet(if at % 2 == 0 {
-            Op::CREDIT_REQUEST
-        } else {
-            Op::RW
-        });
-        if at % 2 == 1 {
-            // Nobody has this port, so RST is due.
-            packet.dst_port = 50_000 + at;
-        }
-        guest.device.inject(packet);
+        // Nobody has this port, so RST is due.
+        let mut stray = peer.packet(Op::RW);
+        stray.dst_port = 50_000 + at;
+        guest.device.inject(stray);
     }
     peer.send_payload(b"after the flood");
-    wait_for("the guest to stop receiving", || {
-        Ok(guest.device.posted_buffers().0 == 0 || guest.counter("rx_packets")? < i64::from(FLOOD))
-    })?;
-    let waiting = guest.counter("tx_waited")?;
-    ensure!(waiting < 1000, "{waiting} answers wait in the guest");
+    guest.wait_congested()?;
+    let waited = guest.counter("tx_waited")?;
+    expect_eq("answers that wait", waited, WAITING_ANSWERS)?;
+    expect_eq("SIOCINQ", guest.siocinq(fd)?, 0)?;
     guest.device.hold_tx(false);
     expect_eq("recv()", guest.recv(fd, 99)?, "after the flood".to_owned())?;
-    let listening = sh(&guest.machine.agent, "true", LIMIT)?;
-    expect_eq("the shell", listening.status, 0)?;
+    for at in 0..FLOOD {
+        let rst = peer.expect(Op::RST)?;
+        expect_eq("the port that answers", rst.src_port, 50_000 + at)?;
+    }
     let more = guest.start("recv", json!({"fd": fd, "len": 1}));
     peer.send_payload(b"!");
     expect_eq("recv()", more.wait::<String>(LIMIT)?, "!".to_owned())?;
     // The bridge does not know the test's connection, and ends it when a packet of it comes.
     guest.device.set_manual(false);
     expect_alive(&guest, listener)
+}
+
+/// Thousands of requests for credit, no answer to which is taken: the guest receives all of them, for one answer to the last
+/// says what any before it did.
+pub fn credit_request_flood(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    let fd = guest.accept(listener)?;
+    guest.device.hold_tx(true);
+    for _ in 0..FLOOD {
+        peer.send(Op::CREDIT_REQUEST);
+    }
+    peer.send_payload(b"after the flood");
+    wait_for("the guest to have received all of them", || {
+        Ok(guest.siocinq(fd)? > 0)
+    })?;
+    guest.device.hold_tx(false);
+    guest.send(fd, "the end")?;
+    let mut updates = 0;
+    while peer.next("the payload after the updates")?.op == Op::CREDIT_UPDATE {
+        updates += 1;
+    }
+    let bound = 2 * TX_RING;
+    ensure!(
+        updates <= bound,
+        "{updates} credit updates for {FLOOD} requests, the bound is {bound}"
+    );
+    expect_eq("recv()", guest.recv(fd, 99)?, "after the flood".to_owned())
 }

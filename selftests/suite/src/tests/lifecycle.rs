@@ -216,9 +216,15 @@ pub fn two_devices(lab: &Lab) -> Result<()> {
         .monitor()?
         .plug_vsock("second", &config.socket, 64)?;
     wait_for("the kernel's log to refuse the second device", || {
-        let log = guest.machine.log();
-        Ok(log.contains("another one is in use") && log.contains("error -16"))
+        Ok(guest.machine.log().contains("error -16"))
     })?;
+    if lab.driver == Driver::Rs {
+        let log = guest.machine.log();
+        ensure!(
+            log.contains("another one is in use"),
+            "the log says no reason"
+        );
+    }
     expect_eq("send() over the first", guest.send(fd, "x")?, 1)?;
     expect_eq("the CID", guest.local_cid()?, GUEST_CID)
 }

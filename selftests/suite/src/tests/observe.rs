@@ -207,6 +207,16 @@ pub fn tracepoints(lab: &Lab) -> Result<()> {
                 .contains(&expected))
         })?;
     }
+    // Programs such as perf show the names by the numbers that the formats have.
+    let formats = guest.sh(&format!(
+        "cat /sys/kernel/debug/tracing/events/{events}/*/format"
+    ))?;
+    for number_and_name in ["{ 1, \"STREAM\" }", "{ 5, \"RW\" }"] {
+        ensure!(
+            formats.contains(number_and_name),
+            "the formats of the tracepoints have no {number_and_name}"
+        );
+    }
     Ok(())
 }
 
