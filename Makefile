@@ -12,7 +12,7 @@ LIVE_MIGRATIONS ?= 50
 export MAKE_TARGET = $@
 
 .NOTPARALLEL:
-.PHONY: module kernel-tree demo test test-all test-vmtest migrations bench fuzz check install update clean distclean help
+.PHONY: module kernel-tree demo test test-all test-vmtest migrations bench fuzz check install uninstall update clean distclean help
 
 module:
 	@scripts/build-module "$(KDIR)"
@@ -48,6 +48,9 @@ check:
 install:
 	@scripts/install-module "$(KDIR)"
 
+uninstall:
+	@scripts/uninstall-module "$(KDIR)"
+
 update:
 	@scripts/setup update
 
@@ -71,6 +74,7 @@ help:
 	@echo 'make fuzz         the fuzz targets of the protocol, SECONDS=60 for each'
 	@echo 'make check        formats, lints, links'
 	@echo 'make install      install the module for KDIR'\''s kernel (INSTALL_MOD_PATH=folder for below a folder)'
+	@echo 'make uninstall    remove it again, with the same settings'
 	@echo 'make update       ask the mirror for its newest kernel, for the next set-up'
 	@echo 'make clean        remove what was built from this source; distclean: the whole cache'
 	@echo
