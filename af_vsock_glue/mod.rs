@@ -4,7 +4,8 @@
 //!
 //! This is the only place with unsafe code and C. It is written in the style of rust/kernel: a type for what
 //! C passes around with its invariants, a trait for what a driver implements, ownership in the types. It knows
-//! nothing of the virtio socket protocol and nothing of the driver.
+//! nothing of the driver, and of the virtio socket protocol only what tracepoints show of a header and what programs are
+//! told of a migration.
 //!
 //! | module | what it wraps |
 //! | --- | --- |

@@ -87,6 +87,16 @@ pub enum Outcome {
     Failed(String),
 }
 
+/// Why the kernel cannot be the nested host's, where it cannot.
+pub fn obstacle(env: &Env) -> Option<&'static str> {
+    if !env.has_module("CONFIG_KVM_AMD") {
+        return Some("it has no KVM for AMD's processors, which TCG emulates");
+    }
+    env.has_option("CONFIG_PREEMPT_RT").then_some(
+        "KVM with PREEMPT_RT wants a processor that says that its TSC is constant, and TCG's does not",
+    )
+}
+
 /// The names of the host tier's tests, in the order in which they run.
 pub fn list(env: &Env) -> Result<Vec<String>> {
     let tests = upstream::tests(env)?;

@@ -23,7 +23,7 @@ use vsock_device::{Device, DeviceConfig, Op, Packet, Relay, Switch, HOST_CID, RE
 
 use crate::agent::{sh_ok, Agent, CallError};
 use crate::initramfs::Initramfs;
-use crate::machine::{Env, Hardware, KernelStoodStill, Kind, Machine, Plug};
+use crate::machine::{BadBoot, Env, Hardware, Kind, Machine, Plug};
 pub use crate::sockets::{Call, SEQPACKET, STREAM};
 use crate::systemd;
 use crate::Driver;
@@ -336,7 +336,7 @@ impl<'a> Lab<'a> {
         let mut attempts = 1..BOOT_ATTEMPTS;
         loop {
             match self.boot_once(cid, hardware, stand_between, &fill) {
-                Err(error) if error.is::<KernelStoodStill>() && attempts.next().is_some() => {
+                Err(error) if error.is::<BadBoot>() && attempts.next().is_some() => {
                     println!("note: {error:#}; begun again");
                 }
                 result => return result,

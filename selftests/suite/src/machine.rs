@@ -54,7 +54,15 @@ pub struct Env {
 impl Env {
     /// Whether the kernel is built with an option.
     pub fn has_option(&self, option: &str) -> bool {
-        let line = format!("{option}=y");
+        self.config_has(&format!("{option}=y"))
+    }
+
+    /// Whether the kernel has a module of an option.
+    pub fn has_module(&self, option: &str) -> bool {
+        self.config_has(&format!("{option}=m"))
+    }
+
+    fn config_has(&self, line: &str) -> bool {
         fs::read_to_string(&self.config).is_ok_and(|config| config.lines().any(|is| is == line))
     }
 
@@ -113,23 +121,37 @@ pub fn find_program(name: &str) -> Result<PathBuf> {
         .with_context(|| format!("the program {name} is not installed"))
 }
 
-/// The kernel did not come to its init, so nothing of ours has run.
+/// The kernel did not come to its init, or not in good order; nothing of ours has run by then.
 ///
-/// Seen under TCG in one boot of some hundred, where the stock kernel first stops all processors.
+/// Both were seen under TCG in one boot of some hundred: the stock kernel stands still where it first stops all processors;
+/// KASAN finds the kernel's own first interrupts at fault, after which nothing is watched any more.
 #[derive(Debug)]
-pub struct KernelStoodStill;
+pub enum BadBoot {
+    /// It has said nothing for [`SILENCE_LIMIT`].
+    StoodStill,
+    /// It has said so of itself.
+    FoundFault(String),
+}
 
-impl std::fmt::Display for KernelStoodStill {
+impl std::fmt::Display for BadBoot {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let limit = SILENCE_LIMIT.as_secs();
-        write!(
-            f,
-            "the kernel said nothing for {limit} s and has not started its init"
-        )
+        match self {
+            Self::StoodStill => {
+                let limit = SILENCE_LIMIT.as_secs();
+                write!(
+                    f,
+                    "the kernel said nothing for {limit} s and has not started its init"
+                )
+            }
+            Self::FoundFault(fault) => write!(f, "the kernel said before its init: {fault}"),
+        }
     }
 }
 
-impl std::error::Error for KernelStoodStill {}
+impl std::error::Error for BadBoot {}
+
+/// What the kernel says when it starts its init.
+const INIT_BEGINS: &str = "Run /init";
 
 fn read_log(console: &Path) -> String {
     fs::read(console).map_or_else(
@@ -400,16 +422,22 @@ impl Machine {
             Ok(())
         })?;
         let mut said = 0;
-        while !read_log(console).contains("Run /init") {
-            if agent.wait_ready(announces, SILENCE_LIMIT).is_ok() {
-                return Ok(agent);
-            }
+        let mut is_ready = false;
+        while !is_ready && !read_log(console).contains(INIT_BEGINS) {
+            is_ready = agent.wait_ready(announces, SILENCE_LIMIT).is_ok();
             let before = std::mem::replace(&mut said, read_log(console).len());
-            if said == before {
-                bail!(KernelStoodStill);
+            if !is_ready && said == before {
+                bail!(BadBoot::StoodStill);
             }
         }
-        agent.wait_ready(announces, BOOT_LIMIT)?;
+        if !is_ready {
+            agent.wait_ready(announces, BOOT_LIMIT)?;
+        }
+        let log = read_log(console);
+        let before_init = log.split(INIT_BEGINS).next().unwrap_or_default();
+        if let Some(fault) = faults(before_init).into_iter().next() {
+            bail!(BadBoot::FoundFault(fault));
+        }
         Ok(agent)
     }
 

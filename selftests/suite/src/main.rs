@@ -213,8 +213,10 @@ fn carry_out(arguments: Arguments) -> Result<bool> {
             for test in tests::all(&env) {
                 println!("{}", test.name);
             }
-            for name in host_tier::list(&env)? {
-                println!("{name}");
+            if host_tier::obstacle(&env).is_none() {
+                for name in host_tier::list(&env)? {
+                    println!("{name}");
+                }
             }
             true
         }
@@ -264,7 +266,10 @@ fn run(env: &Env, filters: &[String], jobs: usize, driver: Driver, repeat: u32) 
     for _ in 0..repeat {
         runner::run(env, driver, &selected, jobs, &reporter);
     }
-    if host_tier::list(env)?.iter().any(|name| wanted(name)) {
+    let is_host_tier_wanted = host_tier::list(env)?.iter().any(|name| wanted(name));
+    if let (true, Some(why)) = (is_host_tier_wanted, host_tier::obstacle(env)) {
+        println!("note: no host tier on this kernel: {why}");
+    } else if is_host_tier_wanted {
         let options = host_tier::Options {
             driver,
             wanted: &wanted,
