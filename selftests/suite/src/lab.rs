@@ -115,6 +115,29 @@ impl<'a> Lab<'a> {
             .collect()
     }
 
+    /// Asks the kernels of the machines that are still on for memory that nobody has a pointer to, where they know of it.
+    pub fn check_memory(&self) -> Result<()> {
+        // Memory has to be so old before it counts, and checksums have to stay the same for a while.
+        const SCRIPT: &str = "cd /sys/kernel/debug; [ -e kmemleak ] || exit 0
+            sleep 6; echo scan >kmemleak; sleep 1; echo scan >kmemleak; cat kmemleak";
+        for machine in self.machines() {
+            if machine.is_on()? {
+                let leaks = sh_ok(&machine.agent, SCRIPT, LIMIT)?;
+                ensure!(leaks.is_empty(), "kmemleak has found:\n{leaks}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Switches the machines off, of which the test needs no more; otherwise they are on until it has ended.
+    pub fn end_machines(&self) -> Result<()> {
+        self.check_memory()?;
+        for machine in self.machines() {
+            machine.switch_off();
+        }
+        Ok(())
+    }
+
     /// Boots a guest with the driver under test.
     pub fn guest(&self) -> Result<Guest> {
         self.guest_with(GUEST_CID, Some(self.driver), &[])

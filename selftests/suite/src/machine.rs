@@ -288,13 +288,18 @@ pub struct Machine {
 
 impl Drop for Machine {
     fn drop(&mut self) {
-        let mut qemu = crate::lock(&self.qemu);
-        let _ = qemu.kill();
-        let _ = qemu.wait();
+        self.switch_off();
     }
 }
 
 impl Machine {
+    /// Switches the machine off, as a power cut does.
+    pub fn switch_off(&self) {
+        let mut qemu = crate::lock(&self.qemu);
+        let _ = qemu.kill();
+        let _ = qemu.wait();
+    }
+
     /// Boots a machine and waits for its agent. `name` names its files in `dir`.
     pub fn boot(
         env: &Env,

@@ -8,10 +8,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Mutex;
 use std::time::Instant;
 
-use anyhow::{anyhow, ensure, Result};
+use anyhow::{anyhow, Result};
 
-use crate::agent::sh_ok;
-use crate::lab::{Lab, LIMIT};
+use crate::lab::Lab;
 use crate::machine::{check_log, Env};
 use crate::Driver;
 
@@ -100,7 +99,7 @@ fn run_one(env: &Env, driver: Driver, test: &Test, reporter: &Reporter) {
     };
     let result = catch_unwind(AssertUnwindSafe(|| (test.run)(&lab)))
         .unwrap_or_else(|panic| Err(anyhow!("the test panicked: {}", panic_text(&*panic))))
-        .and_then(|()| check_memory(&lab))
+        .and_then(|()| lab.check_memory())
         .and_then(|()| check_logs(&lab));
     match result {
         Ok(()) => {
@@ -124,20 +123,6 @@ fn panic_text(panic: &(dyn std::any::Any + Send)) -> &str {
         .map(String::as_str)
         .or_else(|| panic.downcast_ref::<&str>().copied())
         .unwrap_or("without a word")
-}
-
-/// Asks the kernels of the machines that are still on for memory that nobody has a pointer to, where they know of it.
-fn check_memory(lab: &Lab) -> Result<()> {
-    // Memory has to be so old before it counts, and checksums have to stay the same for a while.
-    const SCRIPT: &str = "cd /sys/kernel/debug; [ -e kmemleak ] || exit 0
-        sleep 6; echo scan >kmemleak; sleep 1; echo scan >kmemleak; cat kmemleak";
-    for machine in lab.machines() {
-        if machine.is_on()? {
-            let leaks = sh_ok(&machine.agent, SCRIPT, LIMIT)?;
-            ensure!(leaks.is_empty(), "kmemleak has found:\n{leaks}");
-        }
-    }
-    Ok(())
 }
 
 /// The verdict of the machines' kernels.

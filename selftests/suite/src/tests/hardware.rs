@@ -32,7 +32,8 @@ const VIRTIO_F_ACCESS_PLATFORM: u32 = 33;
 
 fn expect_to_work_on(lab: &Lab, hardware: &Hardware) -> Result<()> {
     let guest = lab.guest_on(hardware)?;
-    exchange_over_the_bridge(&guest).with_context(|| format!("with {hardware:?}"))
+    exchange_over_the_bridge(&guest).with_context(|| format!("with {hardware:?}"))?;
+    lab.end_machines()
 }
 
 /// Rings from the smallest to the largest that QEMU has. The driver does not fill the largest with receive buffers.
@@ -58,6 +59,7 @@ pub fn ring_sizes(lab: &Lab) -> Result<()> {
                 "the device has {rx} receive buffers with a ring of {ring}"
             );
         }
+        lab.end_machines()?;
     }
     Ok(())
 }
@@ -112,6 +114,7 @@ pub fn kinds_of_sockets(lab: &Lab) -> Result<()> {
                 expect_errno(&what, guest.connect(fd, HOST, PORT), errno)?;
             }
         }
+        lab.end_machines()?;
     }
     Ok(())
 }

@@ -169,6 +169,7 @@ pub fn forged_completions(lab: &Lab) -> Result<()> {
         expect_out_of_use_and_bind_again(&guest, listener)?;
         guest.close(reader)?;
         guest.close(writer)?;
+        lab.end_machines()?;
     }
     Ok(())
 }

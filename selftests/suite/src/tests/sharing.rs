@@ -146,6 +146,7 @@ pub fn memory_of_small_packets(lab: &Lab) -> Result<()> {
         expect_eq("bytes that were read", read, buffer)?;
         let memory = receive_memory(&guest, fd)?;
         expect_eq("memory of what was received", memory, 0)?;
+        lab.end_machines()?;
     }
     Ok(())
 }
