@@ -177,6 +177,9 @@ pub enum Port {
     File(String),
 }
 
+/// Size of the device's virtqueues where a test wants no other.
+pub const DEFAULT_RING: u16 = 128;
+
 /// What a guest's machine is like.
 #[derive(Clone, Copy, Debug)]
 pub struct Hardware {
@@ -224,7 +227,7 @@ impl Default for Hardware {
     fn default() -> Self {
         Self {
             bus: Bus::Pci,
-            ring: 128,
+            ring: DEFAULT_RING,
             features: 0,
             without_features: 0,
             device_properties: "",

@@ -12,6 +12,7 @@ use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM,
     WAITING_ANSWERS,
 };
+use crate::machine::DEFAULT_RING;
 
 /// That the guest still serves.
 fn expect_alive(guest: &Guest, listener: i32) -> Result<()> {
@@ -245,9 +246,6 @@ pub fn tx_not_consumed(lab: &Lab) -> Result<()> {
 /// How many packets that want an answer come at once.
 const FLOOD: u32 = 3000;
 
-/// How many buffers the transmit virtqueue has.
-const TX_RING: usize = 128;
-
 /// Thousands of packets that want an answer, none of which is taken: the guest stops receiving and goes on later.
 pub fn reply_flood(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
@@ -301,7 +299,7 @@ pub fn credit_request_flood(lab: &Lab) -> Result<()> {
     while peer.next("the payload after the updates")?.op == Op::CREDIT_UPDATE {
         updates += 1;
     }
-    let bound = 2 * TX_RING;
+    let bound = 2 * u32::from(DEFAULT_RING);
     ensure!(
         updates <= bound,
         "{updates} credit updates for {FLOOD} requests, the bound is {bound}"

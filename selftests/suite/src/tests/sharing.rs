@@ -8,9 +8,7 @@ use vsock_device::packet::{SEQ_EOM, TYPE_SEQPACKET};
 use vsock_device::{Op, Packet};
 
 use crate::lab::{expect_eq, wait_for, Guest, Lab, Peer, CID_ANY, LIMIT, PORT, SEQPACKET, STREAM};
-
-/// The ring that QEMU gives the test device, in packets.
-const RING: usize = 128;
+use crate::machine::DEFAULT_RING;
 
 /// A connection with thousands of small packets that wait does not keep another one waiting for all of them.
 pub fn fairness(lab: &Lab) -> Result<()> {
@@ -36,9 +34,10 @@ pub fn fairness(lab: &Lab) -> Result<()> {
     while !is_other(&peer.next("the packet of the other connection")?) {
         before += 1;
     }
+    let ring = usize::from(DEFAULT_RING);
     ensure!(
-        before <= RING + 1,
-        "{before} packets came before that of the other connection; more than {RING}, which the device had, and one"
+        before <= ring + 1,
+        "{before} packets came before that of the other connection; more than {ring}, which the device had, and one"
     );
     for at in before..MANY as usize {
         peer.expect(Op::RW)

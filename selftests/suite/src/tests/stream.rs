@@ -434,6 +434,49 @@ pub fn epipe(lab: &Lab) -> Result<()> {
     expect_eq("recv()", guest.recv(fd, 1)?, String::new())
 }
 
+/// Makes so many connections to a listener at once, sends data on each, and ends them; all of it is handled afterwards.
+fn use_connections(guest: &Guest, peer: &Peer, listener: i32, count: u32) -> Result<()> {
+    let accepting = guest.start("accept_many", json!({"fd": listener, "count": count}));
+    for port in 0..count {
+        let mut request = peer.packet(Op::REQUEST);
+        request.src_port = 10_000 + port;
+        guest.device.inject(request);
+    }
+    let fds: Vec<i32> = accepting.wait(LIMIT).context("accepting all")?;
+    for port in 0..count {
+        let mut data = peer.packet(Op::RW);
+        data.src_port = 10_000 + port;
+        data.payload = format!("{port}").into_bytes();
+        guest.device.inject(data);
+    }
+    for at in [0, count as usize / 2, count as usize - 1] {
+        let port = guest.peer_address(fds[at])?.1 - 10_000;
+        expect_eq(
+            "the data of a connection",
+            guest.recv(fds[at], 99)?,
+            format!("{port}"),
+        )?;
+    }
+    for fd in fds {
+        guest.start("close", json!({"fd": fd}));
+    }
+    // Each close is answered as a peer does.
+    let mut ended = 0;
+    while ended < count {
+        let packet = peer.next("all connections to be shut down")?;
+        if packet.op == Op::SHUTDOWN {
+            guest.device.inject(packet.reply(Op::RST));
+            ended += 1;
+        }
+    }
+    // The guest has handled all of that when it answers what comes after.
+    let mut last = peer.packet(Op::RW);
+    last.dst_port = PORT + 1;
+    guest.device.inject(last);
+    peer.find(Op::RST)?;
+    Ok(())
+}
+
 /// Several thousand connections at once, with data on each, and all of their memory back.
 pub fn many_connections(lab: &Lab) -> Result<()> {
     const COUNT: u32 = 3000;
@@ -452,51 +495,10 @@ pub fn many_connections(lab: &Lab) -> Result<()> {
         Ok(figure.parse()?)
     };
     let peer = Peer::watch(&guest);
-    let use_connections = || -> Result<()> {
-        let accepting = guest.start("accept_many", json!({"fd": listener, "count": COUNT}));
-        for port in 0..COUNT {
-            let mut request = peer.packet(Op::REQUEST);
-            request.src_port = 10_000 + port;
-            guest.device.inject(request);
-        }
-        let fds: Vec<i32> = accepting.wait(LIMIT).context("accepting all")?;
-        for port in 0..COUNT {
-            let mut data = peer.packet(Op::RW);
-            data.src_port = 10_000 + port;
-            data.payload = format!("{port}").into_bytes();
-            guest.device.inject(data);
-        }
-        for at in [0, COUNT as usize / 2, COUNT as usize - 1] {
-            let port = guest.peer_address(fds[at])?.1 - 10_000;
-            expect_eq(
-                "the data of a connection",
-                guest.recv(fds[at], 99)?,
-                format!("{port}"),
-            )?;
-        }
-        for fd in fds {
-            guest.start("close", json!({"fd": fd}));
-        }
-        // Each close is answered as a peer does.
-        let mut ended = 0;
-        while ended < COUNT {
-            let packet = peer.next("all connections to be shut down")?;
-            if packet.op == Op::SHUTDOWN {
-                guest.device.inject(packet.reply(Op::RST));
-                ended += 1;
-            }
-        }
-        // The guest has handled all of that when it answers what comes after.
-        let mut last = peer.packet(Op::RW);
-        last.dst_port = PORT + 1;
-        guest.device.inject(last);
-        peer.find(Op::RST)?;
-        Ok(())
-    };
     // The kernel keeps some memory for the next connections, and with KASAN what was freed last.
-    use_connections()?;
+    use_connections(&guest, &peer, listener, COUNT)?;
     let before = memory()?;
-    use_connections()?;
+    use_connections(&guest, &peer, listener, COUNT)?;
     crate::lab::wait_for("the memory of the connections to come back", || {
         // A connection takes about 4 KiB and its data another page: together some 25 MiB.
         Ok(before - memory()? < 4 * 1024)
