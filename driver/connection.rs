@@ -26,6 +26,10 @@ use kernel::{
 /// Payload of at most so many bytes is copied behind the payload before it, where there is room.
 const COPY_BREAK: usize = 256;
 
+/// What part of the receive buffer may become free, while there are other messages to read, before the peer of a seqpacket
+/// socket is told.
+const UNTOLD_SHARE_OF_MESSAGES: u32 = 16;
+
 /// Where a message ends in a packet's payload: 4 bytes, for a peer may send many short ones.
 #[derive(Clone, Copy)]
 struct MessageEnd(u32);
@@ -416,15 +420,27 @@ impl Connection {
         self.state.lock().receive.advertised();
     }
 
+    /// The same, where packets of the connection follow that were made before.
+    pub(crate) fn advertised_before_older(&self) {
+        self.state.lock().receive.advertised_before_older();
+    }
+
     /// Whether the peer should be told now of room in the receive buffer, as a reader waits for `low_water`
     /// bytes, or for a message.
     pub(crate) fn wants_credit_update(&self, low_water: u32) -> bool {
         let state = self.state.lock();
-        // The rest of a message may take as much as the whole buffer has.
-        let message_awaited =
-            self.socket_type == SocketType::SeqPacket && state.queue.messages == 0;
-        state.receive.wants_update(low_water)
-            || (message_awaited && state.receive.unadvertised() > 0)
+        if state.receive.wants_update(low_water) {
+            return true;
+        }
+        if self.socket_type != SocketType::SeqPacket {
+            return false;
+        }
+        // The peer may wait to send a message that takes as much as the whole buffer has, or the rest of one.
+        let worth_telling = match state.queue.messages {
+            0 => 1,
+            _ => (state.receive.buf_alloc() / UNTOLD_SHARE_OF_MESSAGES).max(1),
+        };
+        state.receive.unadvertised() >= worth_telling
     }
 
     /// Changes the size of the receive buffer.

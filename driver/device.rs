@@ -137,7 +137,7 @@ impl VsockDriver {
         events.fill();
         rx.fill();
         self.set_socket_types(SocketTypes::negotiated(|bit| device.has_feature(bit)));
-        self.tx.start(tx, self.statistics.clone());
+        self.tx.start(tx, self.into());
         self.rx_handled.store(0, Relaxed);
         self.update_waits.store(false, Relaxed);
         self.set_guest_cid(Some(cid));

@@ -28,8 +28,9 @@ const NO_CPU: u32 = u32::MAX;
 /// The PID of no task that sends.
 const NO_TASK: i32 = -1;
 
-/// Payload of more bytes is no small packet: what it takes to notify the device is little beside it.
-const LONGEST_SMALL_PAYLOAD: usize = 4096;
+/// Payload of more bytes is no small packet: what it takes to notify the device is little beside it, and a batch of such would
+/// be most of what the peer has room for.
+const LONGEST_SMALL_PAYLOAD: usize = 1024;
 
 /// For how long after its last packet a task counts as the sender, in milliseconds: then it does something else.
 const SENDER_TIMEOUT_MS: u32 = 10;

@@ -201,8 +201,8 @@ impl VsockDriver {
         packet.truncate(HEADER_LEN + len);
         monitor::show(Direction::Received, &raw_header, purpose, &packet);
         packet.pull(HEADER_LEN);
-        self.statistics.rx_packets.increment();
-        self.statistics.rx_bytes.add(len);
+        self.statistics.rx_packets.add_exclusively(1);
+        self.statistics.rx_bytes.add_exclusively(len);
 
         let Some(flow) = self.flow(&header) else {
             self.statistics.dropped_cid.increment();
@@ -304,11 +304,12 @@ impl VsockDriver {
         if credit.grew {
             socket.write_space();
         }
-        if credit.peer_buffer_shrank {
+        let step = step(state, socket.peer_shutdown().bits(), header);
+        if credit.peer_buffer_shrank && step.keeps_connection() {
             self.send_wanted_credit_update(socket, connection, socket.low_water());
         }
 
-        match step(state, socket.peer_shutdown().bits(), header) {
+        match step {
             Step::Accept | Step::Refuse => self.send_reset_reply(header),
             Step::Establish => {
                 if let Some(cid) = self.guest_cid() {

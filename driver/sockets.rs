@@ -92,10 +92,12 @@ impl Transport for VsockDriver {
         directions: Directions,
     ) -> Result {
         match connection.reset_state() {
-            ResetState::No => self.send_shutdown(socket, connection, directions),
+            ResetState::No if socket.state() != SocketState::Closing => {
+                self.send_shutdown(socket, connection, directions)
+            }
             ResetState::Untold => Ok(()),
-            ResetState::Told => {
-                // The core has just forgotten it.
+            ResetState::No | ResetState::Told => {
+                // The connection is over, which the core has just forgotten.
                 socket.set_done();
                 Ok(())
             }
@@ -104,13 +106,11 @@ impl Transport for VsockDriver {
 
     fn allows_stream(&self, socket: &Socket, _remote: Address) -> bool {
         // The core asks this for seqpacket sockets, too.
-        socket.in_global_namespace()
-            && protocol_type(socket.kind())
-                .is_some_and(|socket_type| self.socket_types().contains(socket_type))
+        self.allows(socket)
     }
 
     fn allows_seqpacket(&self, socket: &Socket, _remote_cid: u32) -> bool {
-        socket.in_global_namespace() && self.socket_types().seqpacket
+        self.allows(socket)
     }
 
     fn before_receive(
@@ -353,6 +353,15 @@ enum Closed {
 }
 
 impl VsockDriver {
+    /// Whether a socket may have connections by the device, going by its namespace and kind. Without a device it may: then
+    /// connect() says ENODEV.
+    fn allows(&self, socket: &Socket) -> bool {
+        socket.in_global_namespace()
+            && (self.guest_cid().is_none()
+                || protocol_type(socket.kind())
+                    .is_some_and(|socket_type| self.socket_types().contains(socket_type)))
+    }
+
     /// Tells the peer of room where it should know of it now, for a reader that waits for `low_water` bytes.
     pub(crate) fn send_wanted_credit_update(
         &self,

@@ -33,6 +33,12 @@ impl Counter {
         self.0.add(amount as i64, Relaxed);
     }
 
+    /// Adds `amount` to a counter that nobody else changes meanwhile: who does so holds the same lock.
+    pub(crate) fn add_exclusively(&self, amount: usize) {
+        let sum = self.get().wrapping_add(amount as i64);
+        self.0.store(sum, Relaxed);
+    }
+
     fn get(&self) -> i64 {
         self.0.load(Relaxed)
     }

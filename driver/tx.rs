@@ -14,7 +14,6 @@ use super::{
     purpose,
     queue_work,
     queue_work_without_memory,
-    statistics::Statistics,
     work,
     VsockDriver, //
 };
@@ -174,7 +173,8 @@ pub(crate) struct TxQueue {
     queue: Virtqueue<Outgoing, ToDevice>,
     /// Packets that the device has.
     in_flight: usize,
-    statistics: Arc<Statistics>,
+    /// Whose queue it is, for as long as it has the device.
+    driver: Arc<VsockDriver>,
 }
 
 impl TxQueue {
@@ -188,8 +188,9 @@ impl TxQueue {
         let payload_len = packet.control().payload_len();
         self.queue.push(packet)?;
         self.in_flight += 1;
-        self.statistics.tx_packets.increment();
-        self.statistics.tx_bytes.add(payload_len);
+        let statistics = &self.driver.statistics;
+        statistics.tx_packets.add_exclusively(1);
+        statistics.tx_bytes.add_exclusively(payload_len);
         Ok(())
     }
 
@@ -250,7 +251,14 @@ impl TxState {
                 self.push_waiting(packet);
                 Ok(Sent::Waits)
             }
-            Err((packet, PushError::Full | PushError::NoMemory)) => Err((packet, ENOMEM)),
+            Err((packet, PushError::NoMemory)) => {
+                // No interrupt will come, so the work tries until there is memory to map the packet.
+                queue_work::<{ work::TX }>(device.driver.clone());
+                self.push_waiting(packet);
+                Ok(Sent::Waits)
+            }
+            // The whole queue does not take it.
+            Err((packet, PushError::Full)) => Err((packet, ENOMEM)),
             Err((packet, PushError::Failed(_))) => Err((packet, EIO)),
         }
     }
@@ -306,7 +314,7 @@ impl Tx {
     }
 
     /// Begins to use a device's queue.
-    pub(crate) fn start(&self, queue: RawQueue, statistics: Arc<Statistics>) {
+    pub(crate) fn start(&self, queue: RawQueue, driver: Arc<VsockDriver>) {
         let queue = Virtqueue::from(queue);
         let longest = if queue.takes_any_packet() {
             MAX_PAYLOAD
@@ -318,7 +326,7 @@ impl Tx {
         self.state.lock().device = Some(TxQueue {
             queue,
             in_flight: 0,
-            statistics,
+            driver,
         });
     }
 
@@ -732,19 +740,18 @@ impl VsockDriver {
         let Ok(packet) = self.control_nofail(socket, connection, Op::CreditRequest, false) else {
             return;
         };
-        let lost = {
-            let mut state = self.tx.state.lock();
-            state.readdress(&connection, guest_cid, host_cid);
-            match state.put_before_waiting(&connection, packet) {
-                None => {
-                    state.push_batch();
-                    None
-                }
-                Some(packet) => state.push_or_wait(packet, false).err(),
-            }
+        let mut state = self.tx.state.lock();
+        state.readdress(&connection, guest_cid, host_cid);
+        let Some(packet) = state.put_before_waiting(&connection, packet) else {
+            state.push_batch();
+            drop(state);
+            connection.advertised_before_older();
+            return;
         };
-        // It is freed outside of the lock; the device is broken or gone.
-        drop(lost);
+        let sent = state.push_or_wait(packet, false);
+        drop(state);
+        // Where the device is broken or gone the packet is freed here, outside of the lock.
+        drop(sent);
         connection.advertised();
     }
 

@@ -63,6 +63,17 @@ pub enum Step {
     Drop,
 }
 
+impl Step {
+    /// Whether the peer has the connection before and after it.
+    pub fn keeps_connection(self) -> bool {
+        match self {
+            Step::Deliver | Step::SendCredit | Step::NoteCredit => true,
+            Step::PeerShutdown(directions) => directions != SHUTDOWN_BOTH,
+            _ => false,
+        }
+    }
+}
+
 /// What the packet with `header` means for a socket in `state` whose peer has shut down `peer_shutdown`.
 pub fn step(state: State, peer_shutdown: u32, header: &Header) -> Step {
     match (state, header.op) {

@@ -162,6 +162,11 @@ impl ReceiveCredit {
     pub fn advertised(&mut self) {
         self.advertised_buf_alloc = self.buf_alloc;
         self.advertised_fwd_cnt = self.fwd_cnt;
+        self.advertised_before_older();
+    }
+
+    /// The same, where packets with an older advertisement follow: the peer may use this one until it gets those.
+    pub fn advertised_before_older(&mut self) {
         self.allowed = self.allowed.max(self.fwd_cnt + u64::from(self.buf_alloc));
     }
 

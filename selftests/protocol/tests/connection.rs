@@ -223,8 +223,9 @@ proptest! {
 
     #[test]
     fn an_established_connection_survives_anything_but_its_end(header in any_header()) {
+        let step = step(State::Established, 0, &header);
         let ends = matches!(
-            step(State::Established, 0, &header),
+            step,
             Step::PeerClosed | Step::PeerForgot | Step::PeerShutdown(SHUTDOWN_BOTH)
         );
         let means_end = match header.op {
@@ -233,6 +234,7 @@ proptest! {
             _ => false,
         };
         prop_assert_eq!(ends, means_end);
+        prop_assert_eq!(step.keeps_connection(), !ends && step != Step::Drop);
     }
 }
 

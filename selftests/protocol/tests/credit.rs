@@ -113,6 +113,20 @@ fn a_peer_may_use_the_credit_that_it_got_before_the_buffer_shrank() {
 }
 
 #[test]
+fn what_overtakes_older_packets_may_be_used_and_is_news_again() {
+    let mut credit = ReceiveCredit::new(1000);
+    credit.advertised();
+    assert_eq!(credit.receive(700), Ok(()));
+    credit.consume(700, 700);
+    credit.advertised_before_older();
+    credit.set_buf_alloc(400);
+    // The peer has used it before the packets came that say less.
+    assert_eq!(credit.receive(1000), Ok(()));
+    assert_eq!(credit.receive(1), Err(CreditExceeded));
+    assert_eq!(credit.unadvertised(), 700);
+}
+
+#[test]
 fn a_buffer_can_become_larger_than_the_peer_knows() {
     let mut credit = ReceiveCredit::new(100);
     credit.advertised();

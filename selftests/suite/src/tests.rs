@@ -79,15 +79,15 @@ pub fn all(env: &Env) -> Vec<&'static Test> {
 tests! {
     stream: between_guests, over_the_bridge, connect_refused, connect_timeout, nonblocking_connect, backlog_full,
         bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data,
-        ports_used_anew, close_timeout, linger, epipe, many_connections;
+        ports_used_anew, close_timeout, linger, epipe, shutdown_after_the_end, many_connections;
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,
-        updates_are_few, no_updates_at_the_end, low_water_mark, message_below_the_mark, ioctls,
-        epoll_edges, buffer_size_limits;
+        updates_are_few, no_updates_at_the_end, no_update_answers_the_end, room_beside_an_unread_message,
+        low_water_mark, message_below_the_mark, ioctls, epoll_edges, buffer_size_limits;
     reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, attempts, repeated,
         every_blocked_reader, reader_with_a_part, every_blocked_writer, so_error, half_closed, accept_queue,
         request_before_event, silence_afterwards, zerocopy_completions, lingering_close, sockets_in_a_sockmap;
-    checkpoint: connections_go_on, unlisted_are_reset, packets_that_wait, packets_before_and_after,
-        behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates,
+    checkpoint: connections_go_on, unlisted_are_reset, packets_that_wait, credit_of_packets_that_wait,
+        packets_before_and_after, behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates,
         rest_of_a_refused_update;
     migration: traffic_goes_on, one_of_two_guests, without_the_extension, bad_states,
         told_to_programs;
@@ -96,7 +96,7 @@ tests! {
     units: migrated_service, journal_is_forwarded;
     sharing: fairness, order_is_kept, memory_of_small_packets;
     namespaces: global_mode, local_mode;
-    hardware: ring_sizes, without_ring_features, kinds_of_sockets, platform_dma, mmio, needs_reset;
+    hardware: ring_sizes, without_ring_features, kinds_of_sockets, platform_dma, full_bounce_pool, mmio, needs_reset;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
         hotplug, two_devices, suspend;
     upstream: vsock_test, vsock_diag_test, vsock_uring_test;
@@ -110,7 +110,7 @@ tests_on_packed_rings! {
     reset: new_cid, request_before_event;
     checkpoint: packets_before_and_after, behind_a_flood, again_and_again;
     sharing: fairness;
-    hardware: ring_sizes, without_ring_features, platform_dma, mmio;
+    hardware: ring_sizes, without_ring_features, platform_dma, full_bounce_pool, mmio;
     lifecycle: unbind_in_a_loop, hotplug, suspend;
     hostile: malformed_packets, forged_completions;
 }

@@ -328,6 +328,50 @@ pub fn packets_that_wait(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// The credit in packets that wait is older than that in the answer, which goes before them: a peer that believes them gets news
+/// of the rest in time.
+pub fn credit_of_packets_that_wait(lab: &Lab) -> Result<()> {
+    const PACKETS: usize = 500;
+    const PART: u32 = 3_500;
+    /// Too little to be worth an update.
+    const BEFORE: u32 = 50 * PART;
+    /// Several times what the guest's buffer takes.
+    const AFTER: u32 = 200 * PART;
+    let guest = guest(lab)?;
+    let listener = guest.listener(PORT)?;
+    let mut peer = Peer::watch(&guest);
+    peer.set_cids(OLD_HOST, OLD_GUEST);
+    let fd = connect(&guest, &mut peer, listener, HOST_PORT)?;
+    guest.device.hold_tx(true);
+    for _ in 0..PACKETS {
+        expect_eq("send()", guest.send(fd, "waits")?, 5)?;
+    }
+    let read_part = |peer: &Peer| -> Result<()> {
+        peer.send_payload(&[1; PART as usize]);
+        expect_eq("recv()", guest.recv_len(fd, PART as usize)?, PART as usize)
+    };
+    for _ in 0..BEFORE / PART {
+        read_part(&peer)?;
+    }
+    guest.device.update_cids(&update(vec![tuple(HOST_PORT)]));
+    guest.wait_counter("cid_updates", 1)?;
+    peer.set_cids(NEW_HOST, NEW_GUEST);
+    guest.device.hold_tx(false);
+
+    let (mut came, mut room_until, mut sent) = (0, 0, BEFORE);
+    while sent < BEFORE + AFTER {
+        if came < PACKETS || room_until < sent + PART {
+            let packet = peer.next("what waited, and news of room")?;
+            came += usize::from(packet.op == Op::RW);
+            room_until = packet.fwd_cnt + packet.buf_alloc;
+        } else {
+            read_part(&peer)?;
+            sent += PART;
+        }
+    }
+    Ok(())
+}
+
 /// Packets of before the update that the guest has not looked at, and packets behind it.
 pub fn packets_before_and_after(lab: &Lab) -> Result<()> {
     let guest = guest(lab)?;

@@ -182,6 +182,47 @@ pub fn no_updates_at_the_end(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
+/// The end of a connection is not answered with an update, though it makes the peer's buffer one of 0 bytes.
+pub fn no_update_answers_the_end(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let (mut peer, fd) = connection(&guest, 10_000)?;
+    peer.send_payload(&[1; 100]);
+    expect_eq("recv()", guest.recv_len(fd, 100)?, 100)?;
+    peer.set_credit(0, 0);
+    peer.send(Op::RST);
+    let wanted = libc::POLLRDHUP;
+    let end = guest.poll(fd, wanted, LIMIT)?;
+    ensure!(end & wanted != 0, "poll() says {end:#x}");
+    peer.expect_silence()
+}
+
+/// The peer of a seqpacket socket may send a message for which there is room, though another one is not read.
+pub fn room_beside_an_unread_message(lab: &Lab) -> Result<()> {
+    const LEN: usize = 100_000;
+    let guest = lab.guest()?;
+    let fd = guest.socket(SEQPACKET)?;
+    let mut peer = Peer::accept(&guest, fd)?;
+    peer.set_credit(256 * 1024, 0);
+    for _ in 0..2 {
+        let message = [1; LEN];
+        let mut parts = message.chunks(3_500).peekable();
+        while let Some(part) = parts.next() {
+            guest.device.inject(Packet {
+                flags: if parts.peek().is_none() { SEQ_EOM } else { 0 },
+                payload: part.to_vec(),
+                ..peer.packet(Op::RW)
+            });
+        }
+    }
+    wait_for("both messages", || {
+        Ok(guest.siocinq(fd)? as usize == 2 * LEN)
+    })?;
+    peer.drain();
+    expect_eq("recv()", guest.recv_len(fd, LEN)?, LEN)?;
+    let update = peer.expect(Op::CREDIT_UPDATE)?;
+    expect_eq("fwd_cnt", update.fwd_cnt as usize, LEN)
+}
+
 /// SO_RCVLOWAT wakes at the mark, and a sender without credit gets what the reader waits for.
 pub fn low_water_mark(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;

@@ -11,7 +11,8 @@ use vsock_device::Op;
 use super::lifecycle::{BIND, UNBIND};
 use super::stream::{exchange_over_the_bridge, HOST};
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, CID_ANY, LIMIT, PORT, SEQPACKET, STREAM,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY, LIMIT, PORT, SEQPACKET,
+    STREAM,
 };
 use crate::machine::{Bus, Hardware};
 use crate::Driver;
@@ -131,6 +132,33 @@ pub fn platform_dma(lab: &Lab) -> Result<()> {
     let is_negotiated = guest.features()? & (1 << VIRTIO_F_ACCESS_PLATFORM) != 0;
     expect_eq("VIRTIO_F_ACCESS_PLATFORM", is_negotiated, true)?;
     exchange_over_the_bridge(&guest)
+}
+
+/// Where the memory that the device can reach is used up for a moment nothing is lost: packets wait for it.
+pub fn full_bounce_pool(lab: &Lab) -> Result<()> {
+    // Receive buffers take as much as there is: 512 KiB.
+    let guest = lab.guest_on(&Hardware {
+        features: 1 << VIRTIO_F_ACCESS_PLATFORM,
+        device_properties: ",iommu_platform=on",
+        kernel_parameters: "swiotlb=256,force",
+        ..Hardware::default()
+    })?;
+    let used = guest.sh("cd /sys/kernel/debug/swiotlb && cat io_tlb_used io_tlb_nslabs")?;
+    let mut used = used.lines();
+    expect_eq("what is used of the pool", used.next(), used.next())?;
+
+    let mut peer = Peer::watch(&guest);
+    let fd = guest.socket(STREAM)?;
+    let connecting = guest.start_connect(fd, HOST, PORT);
+    connecting.expect_blocked(A_WHILE)?;
+    expect_eq("packets to the device", peer.drain(), vec![])?;
+    // What the device uses is given back to the pool: a packet that nobody answers.
+    peer.send(Op::RST);
+    let request = peer.expect(Op::REQUEST)?;
+    peer.set_ports(PORT, request.src_port);
+    peer.send(Op::RESPONSE);
+    connecting.wait::<()>(LIMIT).context("connect()")?;
+    Ok(())
 }
 
 /// On virtio-mmio.

@@ -201,7 +201,15 @@ pub fn hotplug(lab: &Lab) -> Result<()> {
         guest.close(fd)?;
         guest.close(listener)?;
     }
-    Ok(())
+    monitor.unplug(&format!("vsock{}", guest.cid - GUEST_CID))?;
+    let module = lab.driver.module();
+    guest.sh(&format!("rmmod {module} && insmod /modules/{module}.ko"))?;
+    let fd = guest.socket(STREAM)?;
+    expect_errno(
+        "connect() of a driver that has never had a device",
+        guest.connect(fd, 2, PORT),
+        "ENODEV",
+    )
 }
 
 /// A second device is refused with the reason, and the first works on.

@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
 use vsock_device::packet::{SHUTDOWN_RCV, SHUTDOWN_SEND};
-use vsock_device::{Op, HOST_CID};
+use vsock_device::{Op, Packet, HOST_CID};
 
 use crate::lab::{
     expect_eq, expect_errno, Guest, Lab, Peer, A_WHILE, CID_ANY, GUEST_CID, LIMIT, PORT, STREAM,
@@ -432,6 +432,27 @@ pub fn epipe(lab: &Lab) -> Result<()> {
     ensure!(hup & libc::POLLRDHUP != 0, "poll() says {hup:#x}");
     expect_errno("send()", guest.send(fd, "x"), "EPIPE")?;
     expect_eq("recv()", guest.recv(fd, 1)?, String::new())
+}
+
+/// shutdown() when the peer has ended the connection: readers find the end of the stream as before.
+pub fn shutdown_after_the_end(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    for end in [Op::RST, Op::SHUTDOWN] {
+        let peer = Peer::connect(&guest)?;
+        let fd = guest.accept(listener)?;
+        guest.device.inject(Packet {
+            flags: SHUTDOWN_RCV | SHUTDOWN_SEND,
+            ..peer.packet(end)
+        });
+        expect_eq("recv()", guest.recv(fd, 1)?, String::new())?;
+        peer.drain();
+        guest.shutdown(fd, libc::SHUT_WR)?;
+        expect_eq("recv() after it", guest.recv(fd, 1)?, String::new())?;
+        // The peer has no such connection any more.
+        peer.expect_silence()?;
+    }
+    Ok(())
 }
 
 /// Makes so many connections to a listener at once, sends data on each, and ends them; all of it is handled afterwards.
