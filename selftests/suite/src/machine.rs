@@ -99,8 +99,19 @@ pub fn faults(log: &str) -> Vec<String> {
         .filter(|line| WORDS.iter().any(|word| line.contains(word)))
         // The kernel repeats its command line, which may have such a word.
         .filter(|line| !line.to_lowercase().contains("command line"))
+        .filter(|line| !is_known_race(line))
         .map(str::to_owned)
         .collect()
+}
+
+/// Whether a line of a kernel's log is the title of KCSAN's report on a data race that the kernel has without us.
+fn is_known_race(line: &str) -> bool {
+    let Some((_, race)) = line.split_once("BUG: KCSAN: data-race in ") else {
+        return false;
+    };
+    include_str!("../../kernel/known-races")
+        .lines()
+        .any(|known| known == race)
 }
 
 /// Fails where a machine's kernel has found something wrong.
@@ -570,4 +581,21 @@ fn add_port(qemu: &mut Command, dir: &Path, number: u32, port: &Port, name: Opti
     qemu.arg("-device").arg(format!(
         "virtserialport,nr={number},chardev=port{number},name={name}"
     ));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_races_are_no_faults() {
+        let of_the_kernel = "[ 9.7] BUG: KCSAN: data-race in lock_sock_nested / release_sock\r\n";
+        let ours = "[ 9.7] BUG: KCSAN: data-race in release_sock / vsock_glue_set_done\r\n";
+        assert_eq!(faults(of_the_kernel), Vec::<String>::new());
+        assert_eq!(faults(ours).len(), 1);
+        assert_eq!(
+            faults("[ 9.7] BUG: KASAN: use-after-free in lock_sock_nested\r\n").len(),
+            1
+        );
+    }
 }
