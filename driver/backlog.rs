@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Packets that wait for room in the transmit virtqueue, or for others to go with, in an order that is fair to connections.
+//! Packets that wait for room in the transmit virtqueue, for memory to map them, or for others to go with, in an order
+//! that is fair to connections.
 //!
 //! Packets of a connection stay in order. Connections take turns: the first waiting packet of each is in one queue,
 //! and when it has left for the device the next one of the connection goes to that queue's end. So a packet waits for

@@ -26,8 +26,8 @@ use kernel::{
 /// Payload of at most so many bytes is copied behind the payload before it, where there is room.
 const COPY_BREAK: usize = 256;
 
-/// What part of the receive buffer may become free, while there are other messages to read, before the peer of a seqpacket
-/// socket is told.
+/// What part of what the peer of a seqpacket socket can use of the receive buffer may become free, while there are other messages
+/// to read, before the peer is told.
 const UNTOLD_SHARE_OF_MESSAGES: u32 = 16;
 
 /// Where a message ends in a packet's payload: 4 bytes, for a peer may send many short ones.
@@ -181,6 +181,8 @@ pub(crate) struct Connection {
     state: SpinLock<ConnectionState>,
     /// A [`ResetState`]. Changed with the socket's lock.
     reset: Atomic<u32>,
+    /// Whether it has come to its end otherwise: peer and application may know. Changed with the socket's lock.
+    is_finished: Atomic<bool>,
     /// Readers that were blocked when the connection was reset and still have to learn of it. Changed with the
     /// socket's lock.
     untold_readers: Atomic<u32>,
@@ -267,6 +269,7 @@ impl Connection {
                     shutdown_sent: 0,
                 }, "virtio_vsock_rs_connection"),
                 reset: Atomic::new(ResetState::No as u32),
+                is_finished: Atomic::new(false),
                 untold_readers: Atomic::new(0),
                 unsent: Atomic::new(0),
                 waiting_updates: Atomic::new(0),
@@ -438,7 +441,7 @@ impl Connection {
         // The peer may wait to send a message that takes as much as the whole buffer has, or the rest of one.
         let worth_telling = match state.queue.messages {
             0 => 1,
-            _ => (state.receive.buf_alloc() / UNTOLD_SHARE_OF_MESSAGES).max(1),
+            _ => (state.receive.window() / UNTOLD_SHARE_OF_MESSAGES).max(1),
         };
         state.receive.unadvertised() >= worth_telling
     }
@@ -689,6 +692,16 @@ impl Connection {
     /// Notes that the application knows of the reset. Needs the socket's lock.
     pub(crate) fn note_reset_told(&self) {
         self.reset.store(ResetState::Told as u32, Relaxed);
+    }
+
+    /// Whether the connection was ended by the peer, or has been by an RST to the peer.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.is_finished.load(Relaxed)
+    }
+
+    /// Notes that the connection is ended. Needs the socket's lock.
+    pub(crate) fn note_finished(&self) {
+        self.is_finished.store(true, Relaxed);
     }
 
     /// Whether a reader has to be told of the reset: any, or after the first one those that were blocked.

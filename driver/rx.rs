@@ -434,6 +434,7 @@ impl VsockDriver {
     /// Ends a connection that the peer has closed. What was received can still be read, and the peer may use its port
     /// anew: what waits to be sent, but for a last RST, is the caller's to cancel before. Sleeps.
     pub(super) fn finish_connection(&self, socket: &LockedSocket<'_>, connection: &Connection) {
+        connection.note_finished();
         socket.set_done();
         socket.set_peer_shutdown(Directions::BOTH);
         if connection.unread() == 0 {

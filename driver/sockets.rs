@@ -92,7 +92,7 @@ impl Transport for VsockDriver {
         directions: Directions,
     ) -> Result {
         match connection.reset_state() {
-            ResetState::No if socket.state() != SocketState::Closing => {
+            ResetState::No if !connection.is_finished() => {
                 self.send_shutdown(socket, connection, directions)
             }
             ResetState::Untold => Ok(()),

@@ -72,7 +72,7 @@ statistics! {
     tx_packets,
     /// Payload of those, in bytes.
     tx_bytes,
-    /// Packets that had to wait for room in the transmit virtqueue.
+    /// Packets that had to wait for room in the transmit virtqueue, or for memory to map them.
     tx_waited,
     /// Packets of payload that waited for the work which takes several of them to the device.
     tx_batched,
@@ -84,7 +84,7 @@ statistics! {
     dropped_cid,
     /// Packets that make no sense in their connection's state, unknown operations among them.
     dropped_state,
-    /// Packets that could not be sent: the device is gone or broken, or there was no memory to map them.
+    /// Packets that could not be sent: the device is gone or broken.
     dropped_tx,
     /// Packets with an unknown socket type.
     unknown_type,

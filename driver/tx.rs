@@ -205,7 +205,7 @@ impl TxQueue {
 enum Sent {
     /// In the virtqueue.
     ToDevice,
-    /// In the backlog, until there is room.
+    /// In the backlog, until there is room, or memory to map it.
     Waits,
     /// In the backlog, until the work item runs, which has to be queued.
     Batched,
@@ -244,7 +244,8 @@ impl TxState {
                 device.queue.kick();
                 Ok(Sent::ToDevice)
             }
-            // The device will use buffers that it has, and its interrupt takes this up.
+            // The device will use buffers that it has, and its interrupt takes this up; or the work does that looks after
+            // what waits.
             Err((packet, PushError::Full | PushError::NoMemory))
                 if device.in_flight > 0 || !nothing_waits =>
             {
@@ -618,7 +619,8 @@ impl VsockDriver {
     ///
     /// # Errors
     ///
-    /// ENODEV where there is no device, EIO where it is broken, ENOMEM; the packet is freed.
+    /// ENODEV where there is no device, EIO where it is broken, ENOMEM where its queue is too small for the packet; that is
+    /// freed.
     pub(crate) fn transmit(&self, packet: OutgoingPacket) -> Result {
         self.transmit_or_batch(packet, false).map(|_| ())
     }

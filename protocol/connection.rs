@@ -64,10 +64,10 @@ pub enum Step {
 }
 
 impl Step {
-    /// Whether the peer has the connection before and after it.
+    /// Whether a connection that was established goes on.
     pub fn keeps_connection(self) -> bool {
         match self {
-            Step::Deliver | Step::SendCredit | Step::NoteCredit => true,
+            Step::Deliver | Step::SendCredit | Step::NoteCredit | Step::Drop => true,
             Step::PeerShutdown(directions) => directions != SHUTDOWN_BOTH,
             _ => false,
         }

@@ -185,6 +185,11 @@ impl ReceiveCredit {
         window.saturating_sub(in_flight)
     }
 
+    /// What the peer can use of the buffer, in bytes.
+    pub fn window(&self) -> u32 {
+        self.buf_alloc.min(self.peer_buf_alloc)
+    }
+
     /// Whether the peer should be told of room now, when a reader waits for `low_water` bytes.
     ///
     /// Yes where the peer may not send what the reader waits for, and where there is news of three quarters
@@ -196,7 +201,7 @@ impl ReceiveCredit {
         }
         let reader_starves = self.unread.saturating_add(self.peer_may_send()) < low_water;
         // The rest keeps the reader busy until the peer has sent more.
-        let most_of_window = self.buf_alloc.min(self.peer_buf_alloc) / 4 * 3;
+        let most_of_window = self.window() / 4 * 3;
         reader_starves || unadvertised >= most_of_window
     }
 }

@@ -71,7 +71,7 @@ fill_vmtest_folder() {
     cp "$KERNEL_DIR/upstream/vsock_test" "$selftests/vsock/"
     install "$VMTEST_FILES/systemd-udevd" "$folder/usr/lib/systemd/"
     install "$VMTEST_FILES/udevadm" "$folder/usr/bin/"
-    install "$VMTEST_FILES/timeout" "$folder/usr/local/sbin/"
+    install "$VMTEST_FILES/"{timeout,socat} "$folder/usr/local/sbin/"
     # virtme-ng's init sets the network up beside udev, and leaves it when its driver is not there yet. vmtest.sh is made for
     # kernels that have it built in.
     sed -i 's/^MODALIASES = \[$/&\n    "virtio:d00000001v00001AF4",/' \

@@ -234,7 +234,7 @@ proptest! {
             _ => false,
         };
         prop_assert_eq!(ends, means_end);
-        prop_assert_eq!(step.keeps_connection(), !ends && step != Step::Drop);
+        prop_assert_eq!(step.keeps_connection(), !ends);
     }
 }
 

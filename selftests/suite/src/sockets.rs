@@ -22,6 +22,9 @@ pub const STREAM: i32 = 1;
 /// `SOCK_SEQPACKET`.
 pub const SEQPACKET: i32 = 5;
 
+/// With a time of 64 bits.
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: i32 = 8;
+
 /// States of a socket as the kernel's diagnostics show them.
 pub const ESTABLISHED: u8 = 1;
 pub const LISTEN: u8 = 10;
@@ -199,6 +202,12 @@ impl Agent {
             "setsockopt",
             json!({"fd": fd, "level": level, "name": name, "value": value}),
         )
+    }
+
+    /// How long connect() waits for an answer, in whole seconds.
+    pub fn set_connect_timeout(&self, fd: i32, timeout: Duration) -> Call<()> {
+        let value = [timeout.as_secs(), 0].map(u64::to_ne_bytes).concat();
+        self.set_option(fd, libc::AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &value)
     }
 
     pub fn option(&self, fd: i32, level: i32, name: i32, len: usize) -> Call<Vec<u8>> {

@@ -140,7 +140,7 @@ pub fn full_bounce_pool(lab: &Lab) -> Result<()> {
     let guest = lab.guest_on(&Hardware {
         features: 1 << VIRTIO_F_ACCESS_PLATFORM,
         device_properties: ",iommu_platform=on",
-        kernel_parameters: "swiotlb=256,force",
+        kernel_parameters: "swiotlb=256,1,force",
         ..Hardware::default()
     })?;
     let used = guest.sh("cd /sys/kernel/debug/swiotlb && cat io_tlb_used io_tlb_nslabs")?;
@@ -149,6 +149,7 @@ pub fn full_bounce_pool(lab: &Lab) -> Result<()> {
 
     let mut peer = Peer::watch(&guest);
     let fd = guest.socket(STREAM)?;
+    guest.set_connect_timeout(fd, LIMIT)?;
     let connecting = guest.start_connect(fd, HOST, PORT);
     connecting.expect_blocked(A_WHILE)?;
     expect_eq("packets to the device", peer.drain(), vec![])?;

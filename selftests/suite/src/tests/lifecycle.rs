@@ -203,7 +203,10 @@ pub fn hotplug(lab: &Lab) -> Result<()> {
     }
     monitor.unplug(&format!("vsock{}", guest.cid - GUEST_CID))?;
     let module = lab.driver.module();
-    guest.sh(&format!("rmmod {module} && insmod /modules/{module}.ko"))?;
+    wait_for("rmmod", || {
+        Ok(sh(&guest.machine.agent, &format!("rmmod {module}"), LIMIT)?.status == 0)
+    })?;
+    guest.sh(&format!("insmod /modules/{module}.ko"))?;
     let fd = guest.socket(STREAM)?;
     expect_errno(
         "connect() of a driver that has never had a device",

@@ -21,9 +21,6 @@ use crate::lab::{
 };
 use crate::tests::traffic::{Amount, Kind, Traffic};
 
-/// `SO_VM_SOCKETS_CONNECT_TIMEOUT` with a time of 64 bits.
-const SO_VM_SOCKETS_CONNECT_TIMEOUT: i32 = 8;
-
 /// The port of the host that the guest connects to.
 const HOST_PORT: u32 = 6666;
 
@@ -203,9 +200,7 @@ impl Migration<'_, '_> {
     fn begin_attempt(&self) -> Result<(i32, Pending)> {
         let fd = self.guest.socket(STREAM)?;
         // No migration takes so long, so that only an answer that is lost shows as this.
-        let limit = [LIMIT.as_secs() * 2, 0].map(u64::to_ne_bytes).concat();
-        self.guest
-            .set_option(fd, libc::AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &limit)?;
+        self.guest.set_connect_timeout(fd, LIMIT * 2)?;
         let host_cid = u32::try_from(self.host_cid)?;
         Ok((fd, self.guest.start_connect(fd, host_cid, HOST_PORT)))
     }

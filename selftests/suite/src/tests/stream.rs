@@ -434,21 +434,31 @@ pub fn epipe(lab: &Lab) -> Result<()> {
     expect_eq("recv()", guest.recv(fd, 1)?, String::new())
 }
 
-/// shutdown() when the peer has ended the connection: readers find the end of the stream as before.
+/// shutdown() when the peer has ended the connection: readers find what was sent before, and the end of the stream.
 pub fn shutdown_after_the_end(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let listener = guest.listener(PORT)?;
-    for end in [Op::RST, Op::SHUTDOWN] {
+    for (end, unread) in [(Op::RST, ""), (Op::RST, "last words"), (Op::SHUTDOWN, "")] {
         let peer = Peer::connect(&guest)?;
         let fd = guest.accept(listener)?;
+        if !unread.is_empty() {
+            peer.send_payload(unread.as_bytes());
+        }
         guest.device.inject(Packet {
             flags: SHUTDOWN_RCV | SHUTDOWN_SEND,
             ..peer.packet(end)
         });
-        expect_eq("recv()", guest.recv(fd, 1)?, String::new())?;
-        peer.drain();
+        let poll = guest.poll(fd, libc::POLLRDHUP, LIMIT)?;
+        ensure!(poll & libc::POLLRDHUP != 0, "poll() says {poll:#x}");
+        if end == Op::SHUTDOWN {
+            peer.expect(Op::RST)?;
+        }
         guest.shutdown(fd, libc::SHUT_WR)?;
-        expect_eq("recv() after it", guest.recv(fd, 1)?, String::new())?;
+        if !unread.is_empty() {
+            expect_eq("what was unread", guest.recv(fd, 99)?, unread.to_owned())?;
+        }
+        expect_eq("recv() at the end", guest.recv(fd, 1)?, String::new())?;
+        guest.close(fd)?;
         // The peer has no such connection any more.
         peer.expect_silence()?;
     }
