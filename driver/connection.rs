@@ -181,7 +181,7 @@ pub(crate) struct Connection {
     state: SpinLock<ConnectionState>,
     /// A [`ResetState`]. Changed with the socket's lock.
     reset: Atomic<u32>,
-    /// Whether it has come to its end otherwise: peer and application may know. Changed with the socket's lock.
+    /// Whether it was ended by the peer, or by an RST to it. Changed with the socket's lock.
     is_finished: Atomic<bool>,
     /// Readers that were blocked when the connection was reset and still have to learn of it. Changed with the
     /// socket's lock.

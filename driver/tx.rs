@@ -151,6 +151,10 @@ pub(crate) type OutgoingPacket = SkBuff<Outgoing>;
 pub(crate) struct Tx {
     #[pin]
     state: Mutex<TxState>,
+    /// Held by the work, which both workqueues may run at a time, until it has freed what the device has used: completions of
+    /// MSG_ZEROCOPY keep their order.
+    #[pin]
+    freeing: Mutex<()>,
     /// Whether answers may wait in the backlog.
     replies_wait: Atomic<bool>,
     /// The longest payload that fits into the virtqueue, in bytes.
@@ -304,6 +308,7 @@ impl Tx {
                 parked: false,
                 batched: 0,
             }, "virtio_vsock_rs_tx"),
+            freeing <- new_mutex!((), "virtio_vsock_rs_tx_freeing"),
             replies_wait: Atomic::new(false),
             longest_payload: Atomic::new(MAX_PAYLOAD),
         })
@@ -668,7 +673,8 @@ impl VsockDriver {
     /// Frees the packets that the device has used, and gives it those that wait. Work item; sleeps.
     pub(super) fn process_tx(self: &Arc<Self>) {
         self.moderation.note_turn();
-        // Freed after the lock is released: freeing calls back into sockets.
+        let freeing = self.tx.freeing.lock();
+        // Freed after the lock of the queue is released: freeing calls back into sockets.
         let mut used = SkBuffQueue::new();
         let mut sender = None;
         let mut lacks_memory = false;
@@ -716,6 +722,7 @@ impl VsockDriver {
             packet.consume();
             cond_resched();
         }
+        drop(freeing);
         self.resume();
         if lacks_memory {
             queue_work_without_memory::<{ work::TX }>(self.clone());
