@@ -59,6 +59,15 @@ fn connect(guest: &Guest, peer: &mut Peer, listener: i32, host_port: u32) -> Res
     Ok(guest.accept(listener)?)
 }
 
+/// The host with its CID of before, a listener, and the connection to that from [`HOST_PORT`].
+fn connected(guest: &Guest) -> Result<(Peer<'_>, i32, i32)> {
+    let listener = guest.listener(PORT)?;
+    let mut peer = Peer::watch(guest);
+    peer.set_cids(OLD_HOST, OLD_GUEST);
+    let fd = connect(guest, &mut peer, listener, HOST_PORT)?;
+    Ok((peer, listener, fd))
+}
+
 /// Addresses of a packet: source, destination.
 fn addresses(packet: &Packet) -> ((u64, u32), (u64, u32)) {
     (
@@ -80,10 +89,7 @@ fn expect_kept(peer: &Peer, host_port: u32) -> Result<()> {
 /// Guest and host with new CIDs: an application notices nothing, but for the addresses when it asks.
 pub fn connections_go_on(lab: &Lab) -> Result<()> {
     let guest = guest(lab)?;
-    let listener = guest.listener(PORT)?;
-    let mut peer = Peer::watch(&guest);
-    peer.set_cids(OLD_HOST, OLD_GUEST);
-    let reader = connect(&guest, &mut peer, listener, HOST_PORT)?;
+    let (mut peer, listener, reader) = connected(&guest)?;
     let writer = connect(&guest, &mut peer, listener, HOST_PORT + 1)?;
     let half_closed = connect(&guest, &mut peer, listener, HOST_PORT + 2)?;
     guest.shutdown(half_closed, libc::SHUT_WR)?;
@@ -217,10 +223,7 @@ pub fn connections_go_on(lab: &Lab) -> Result<()> {
 /// What is not listed is reset, and what is listed without being there is answered with RST.
 pub fn unlisted_are_reset(lab: &Lab) -> Result<()> {
     let guest = guest(lab)?;
-    let listener = guest.listener(PORT)?;
-    let mut peer = Peer::watch(&guest);
-    peer.set_cids(OLD_HOST, OLD_GUEST);
-    let kept = connect(&guest, &mut peer, listener, HOST_PORT)?;
+    let (mut peer, listener, kept) = connected(&guest)?;
     let unlisted = connect(&guest, &mut peer, listener, HOST_PORT + 1)?;
     let other_type = connect(&guest, &mut peer, listener, HOST_PORT + 2)?;
     let reading = guest.start("recv", json!({"fd": unlisted, "len": 1}));
@@ -277,10 +280,7 @@ pub fn unlisted_are_reset(lab: &Lab) -> Result<()> {
 pub fn packets_that_wait(lab: &Lab) -> Result<()> {
     const PACKETS: usize = 500;
     let guest = guest(lab)?;
-    let listener = guest.listener(PORT)?;
-    let mut peer = Peer::watch(&guest);
-    peer.set_cids(OLD_HOST, OLD_GUEST);
-    let kept = connect(&guest, &mut peer, listener, HOST_PORT)?;
+    let (mut peer, listener, kept) = connected(&guest)?;
     let unlisted = connect(&guest, &mut peer, listener, HOST_PORT + 1)?;
     guest.device.hold_tx(true);
     for at in 0..PACKETS {
@@ -338,10 +338,7 @@ pub fn credit_of_packets_that_wait(lab: &Lab) -> Result<()> {
     /// Several times what the guest's buffer takes.
     const AFTER: u32 = 200 * PART;
     let guest = guest(lab)?;
-    let listener = guest.listener(PORT)?;
-    let mut peer = Peer::watch(&guest);
-    peer.set_cids(OLD_HOST, OLD_GUEST);
-    let fd = connect(&guest, &mut peer, listener, HOST_PORT)?;
+    let (mut peer, _listener, fd) = connected(&guest)?;
     guest.device.hold_tx(true);
     for _ in 0..PACKETS {
         expect_eq("send()", guest.send(fd, "waits")?, 5)?;
@@ -443,10 +440,7 @@ pub fn packets_before_and_after(lab: &Lab) -> Result<()> {
 /// The receiver has stopped because too many answers wait, and packets of before the update are not handled yet.
 pub fn behind_a_flood(lab: &Lab) -> Result<()> {
     let guest = guest(lab)?;
-    let listener = guest.listener(PORT)?;
-    let mut peer = Peer::watch(&guest);
-    peer.set_cids(OLD_HOST, OLD_GUEST);
-    let fd = connect(&guest, &mut peer, listener, HOST_PORT)?;
+    let (mut peer, _listener, fd) = connected(&guest)?;
     guest.device.hold_tx(true);
     for at in 0..400 {
         // Nobody has this port, so RST is due.
@@ -475,10 +469,7 @@ pub fn behind_a_flood(lab: &Lab) -> Result<()> {
 /// the event first.
 pub fn same_cids(lab: &Lab) -> Result<()> {
     let guest = guest(lab)?;
-    let listener = guest.listener(PORT)?;
-    let mut peer = Peer::watch(&guest);
-    peer.set_cids(OLD_HOST, OLD_GUEST);
-    let kept = connect(&guest, &mut peer, listener, HOST_PORT)?;
+    let (mut peer, _listener, kept) = connected(&guest)?;
     let made = guest.socket(STREAM)?;
     let connecting = guest.start_connect(made, OLD_HOST as u32, HOST_PORT);
     let request = peer.expect(Op::REQUEST)?;
@@ -522,10 +513,7 @@ pub fn same_cids(lab: &Lab) -> Result<()> {
 /// A connection goes on through many updates, several of which are under way at once.
 pub fn again_and_again(lab: &Lab) -> Result<()> {
     let guest = guest(lab)?;
-    let listener = guest.listener(PORT)?;
-    let mut peer = Peer::watch(&guest);
-    peer.set_cids(OLD_HOST, OLD_GUEST);
-    let fd = connect(&guest, &mut peer, listener, HOST_PORT)?;
+    let (mut peer, _listener, fd) = connected(&guest)?;
     let mut cids = (OLD_HOST, OLD_GUEST);
     for round in 1..=50 {
         let (host, guest_cid) = cids;
@@ -556,10 +544,7 @@ pub fn again_and_again(lab: &Lab) -> Result<()> {
 /// An update that lists nothing is a transport reset.
 pub fn update_of_nothing(lab: &Lab) -> Result<()> {
     let guest = guest(lab)?;
-    let listener = guest.listener(PORT)?;
-    let mut peer = Peer::watch(&guest);
-    peer.set_cids(OLD_HOST, OLD_GUEST);
-    let fd = connect(&guest, &mut peer, listener, HOST_PORT)?;
+    let (mut peer, listener, fd) = connected(&guest)?;
     guest.device.update_cids(&update(vec![]));
     expect_errno("recv()", guest.recv(fd, 1), "ECONNRESET")?;
     expect_eq("the CID", guest.local_cid()?, NEW_GUEST as u32)?;

@@ -149,13 +149,20 @@ pub fn remove_while_in_use(lab: &Lab) -> Result<()> {
     guest.sh(UNBIND)?;
     let listener = busy.expect_reset(&guest)?;
     // Without the device nobody has to be waited for. The listener stays: no transport is asked about it.
+    load_again(&guest, lab.driver)?;
+    guest.device.wait_ready(LIMIT)?;
+    let _stream = guest.connect_from_host(PORT)?;
+    guest.accept(listener)?;
+    Ok(())
+}
+
+/// Removes the driver's module, as soon as nothing uses it, and loads it again.
+fn load_again(guest: &Guest, driver: Driver) -> Result<()> {
+    let module = driver.module();
     wait_for("rmmod", || {
         Ok(sh(&guest.machine.agent, &format!("rmmod {module}"), LIMIT)?.status == 0)
     })?;
     guest.sh(&format!("insmod /modules/{module}.ko"))?;
-    guest.device.wait_ready(LIMIT)?;
-    let _stream = guest.connect_from_host(PORT)?;
-    guest.accept(listener)?;
     Ok(())
 }
 
@@ -202,11 +209,7 @@ pub fn hotplug(lab: &Lab) -> Result<()> {
         guest.close(listener)?;
     }
     monitor.unplug(&format!("vsock{}", guest.cid - GUEST_CID))?;
-    let module = lab.driver.module();
-    wait_for("rmmod", || {
-        Ok(sh(&guest.machine.agent, &format!("rmmod {module}"), LIMIT)?.status == 0)
-    })?;
-    guest.sh(&format!("insmod /modules/{module}.ko"))?;
+    load_again(&guest, lab.driver)?;
     let fd = guest.socket(STREAM)?;
     expect_errno(
         "connect() of a driver that has never had a device",
