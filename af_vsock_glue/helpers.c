@@ -56,6 +56,11 @@ void vsock_glue_set_flag(struct sock *sk, enum sock_flags flag)
 	sock_set_flag(sk, flag);
 }
 
+void vsock_glue_reset_flag(struct sock *sk, enum sock_flags flag)
+{
+	sock_reset_flag(sk, flag);
+}
+
 void vsock_glue_state_change(struct sock *sk)
 {
 	sk->sk_state_change(sk);
@@ -202,11 +207,6 @@ unsigned int vsock_glue_page_sized(void)
 unsigned int vsock_glue_tailroom(const struct sk_buff *skb)
 {
 	return skb_tailroom(skb);
-}
-
-bool vsock_glue_is_nonlinear(const struct sk_buff *skb)
-{
-	return skb_is_nonlinear(skb);
 }
 
 void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk)

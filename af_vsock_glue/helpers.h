@@ -31,6 +31,7 @@ u8 vsock_glue_state(const struct sock *sk);
 void vsock_glue_set_state(struct sock *sk, u8 state);
 bool vsock_glue_flag(const struct sock *sk, enum sock_flags flag);
 void vsock_glue_set_flag(struct sock *sk, enum sock_flags flag);
+void vsock_glue_reset_flag(struct sock *sk, enum sock_flags flag);
 void vsock_glue_state_change(struct sock *sk);
 void vsock_glue_write_space(struct sock *sk);
 void vsock_glue_data_ready(struct sock *sk);
@@ -78,7 +79,6 @@ struct sk_buff *vsock_glue_alloc_with_frags(unsigned int linear, unsigned int da
 unsigned int vsock_glue_largest_linear(void);
 unsigned int vsock_glue_page_sized(void);
 unsigned int vsock_glue_tailroom(const struct sk_buff *skb);
-bool vsock_glue_is_nonlinear(const struct sk_buff *skb);
 void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk);
 void vsock_glue_set_receiver(struct sk_buff *skb, struct sock *sk);
 void vsock_glue_orphan(struct sk_buff *skb);

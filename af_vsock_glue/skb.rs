@@ -15,12 +15,45 @@ use kernel::{alloc::AllocError, error::to_result, ffi::c_int, prelude::*};
 /// Size of `skb->cb`, the room that a buffer has for its owner's use.
 const CB_SIZE: usize = 48;
 
+/// Which way the data of a buffer goes.
+pub(crate) trait Direction {
+    /// From the driver to the device.
+    const TO_DEVICE: bool;
+}
+
+/// To the device, which never writes to the buffer.
+pub(crate) enum ToDevice {}
+
+impl Direction for ToDevice {
+    const TO_DEVICE: bool = true;
+}
+
+/// From the device.
+pub(crate) enum FromDevice {}
+
+impl Direction for FromDevice {
+    const TO_DEVICE: bool = false;
+}
+
+/// What a control block is, which says of its buffer which way the data goes.
+pub(crate) trait Control {
+    /// Which way. It stays so for as long as the buffer lives, whatever control blocks it has in turn.
+    type Direction: Direction;
+}
+
+/// A buffer of which nothing but its data is known.
+impl Control for () {
+    type Direction = FromDevice;
+}
+
 /// An owned `struct sk_buff` whose control block (`cb`) holds a `C`.
 ///
 /// # Invariants
 ///
 /// - The pointer is a buffer that nobody else refers to, and that is on no list.
 /// - Its control block holds a valid `C`, which is dropped with the buffer.
+/// - It was made for the [direction](Control::Direction) that `C` says: a device writes to no other buffers than those from it,
+///   and only those to it have fragments.
 pub(crate) struct SkBuff<C> {
     skb: NonNull<bindings::sk_buff>,
     _control: PhantomData<C>,
@@ -46,182 +79,17 @@ impl<C> SkBuff<C> {
     ///
     /// # Safety
     ///
-    /// `skb` is a buffer with one reference, which the caller gives away.
+    /// `skb` is a buffer with one reference, which the caller gives away, made for the direction that `C` says.
     unsafe fn new(skb: NonNull<bindings::sk_buff>, control: C) -> Self {
         let () = Self::CONTROL_FITS;
         // SAFETY: The control block is in the buffer, large and aligned enough (it begins 8-aligned in
         // `struct sk_buff`), and free for the buffer's owner.
         unsafe { (&raw mut (*skb.as_ptr()).cb).cast::<C>().write(control) };
-        // INVARIANT: Both as promised and written.
+        // INVARIANT: As promised, and written.
         Self {
             skb,
             _control: PhantomData,
         }
-    }
-
-    /// The longest packet that is one segment of memory, in bytes.
-    pub(crate) fn longest_linear() -> usize {
-        // SAFETY: No preconditions.
-        unsafe { bindings::vsock_glue_largest_linear() as usize }
-    }
-
-    /// Makes a packet of `header` and `payload`, filled and ready to send. May sleep.
-    ///
-    /// It is charged to `socket`'s send memory, and keeps the socket alive as long as it lives. A completion
-    /// for `MSG_ZEROCOPY` is attached to it, also where the payload is a copy.
-    ///
-    /// # Errors
-    ///
-    /// ENOMEM; EFAULT where the message cannot be read; EMSGSIZE where its pages are too many for a packet; EINVAL where there
-    /// are pages but no socket to charge them to, or no completion that holds them. The message is then as before.
-    pub(crate) fn outgoing(
-        socket: Option<&Socket>,
-        header: &[u8],
-        payload: Payload<'_>,
-        zero_copy: Option<&mut ZeroCopy>,
-        control: C,
-    ) -> Result<Self> {
-        if matches!(payload, Payload::Pages(..)) && (socket.is_none() || zero_copy.is_none()) {
-            return Err(EINVAL);
-        }
-        let (in_buffer, in_pages) = match &payload {
-            Payload::Copy(_, len) if header.len() + len <= Self::longest_linear() => (*len, 0),
-            Payload::Copy(_, len) => (0, *len),
-            Payload::None | Payload::Pages(..) => (0, 0),
-        };
-        // SAFETY: No preconditions.
-        let skb = unsafe {
-            if in_pages > 0 {
-                let (linear, pages) = (u32::try_from(header.len())?, u32::try_from(in_pages)?);
-                bindings::vsock_glue_alloc_with_frags(linear, pages)
-            } else {
-                bindings::vsock_glue_alloc_linear(u32::try_from(header.len() + in_buffer)?)
-            }
-        };
-        let skb = NonNull::new(skb).ok_or(ENOMEM)?;
-        // SAFETY: It was made here.
-        let mut this = unsafe { Self::new(skb, control) };
-        if let Some(socket) = socket {
-            // SAFETY: Both are valid, and the buffer has no owner yet.
-            unsafe { bindings::vsock_glue_set_owner(this.as_raw(), socket.as_sock()) }
-        }
-        this.put_header(header, in_pages == 0);
-        if let Some(zero_copy) = zero_copy {
-            zero_copy.attach(this.as_raw());
-        }
-        match payload {
-            Payload::None => {}
-            Payload::Copy(message, len) => {
-                if in_buffer > 0 {
-                    // SAFETY: The buffer was made with room for the payload.
-                    unsafe { bindings::skb_put(this.as_raw(), len as u32) };
-                }
-                this.fill(message, |skb, message| {
-                    // SAFETY: The buffer has `len` bytes behind the header; the iterator can be read.
-                    unsafe {
-                        bindings::skb_copy_datagram_from_iter(
-                            skb,
-                            header.len() as c_int,
-                            message.iter(),
-                            len as c_int,
-                        )
-                    }
-                })?;
-            }
-            Payload::Pages(message, len) => {
-                this.fill(message, |skb, message| {
-                    // SAFETY: The buffer has an owner and a completion, which holds the pages: that was seen to above.
-                    unsafe {
-                        bindings::__zerocopy_sg_from_iter(
-                            message.as_raw(),
-                            ptr::null_mut(),
-                            skb,
-                            message.iter(),
-                            len,
-                            ptr::null_mut(),
-                        )
-                    }
-                })?;
-            }
-        }
-        Ok(this)
-    }
-
-    /// Makes a packet of a header alone, like [`outgoing`](Self::outgoing), and waits for memory until there is some.
-    /// Sleeps.
-    pub(crate) fn outgoing_nofail<const N: usize>(
-        socket: Option<&Socket>,
-        header: &[u8; N],
-        control: C,
-    ) -> Self {
-        // SAFETY: No preconditions; with this the function does not return null.
-        let mut this = unsafe {
-            let skb = bindings::vsock_glue_alloc_linear_nofail(N as u32);
-            Self::new(NonNull::new_unchecked(skb), control)
-        };
-        if let Some(socket) = socket {
-            // SAFETY: Both are valid, and the buffer has no owner yet.
-            unsafe { bindings::vsock_glue_set_owner(this.as_raw(), socket.as_sock()) }
-        }
-        this.put_header(header, true);
-        this
-    }
-
-    /// Puts the header into the linear part of a buffer that was made with room for it.
-    fn put_header(&mut self, header: &[u8], linear: bool) {
-        let skb = self.as_raw();
-        // SAFETY: The linear part has room for the header. `skb_put()` wants a buffer without fragments:
-        // where there are some, the header goes in by hand, in front of them, as `skb_put()` would do it.
-        unsafe {
-            let to = if linear {
-                bindings::skb_put(skb, header.len() as u32).cast::<u8>()
-            } else {
-                let to = (*skb).data;
-                (*skb).tail += header.len() as bindings::sk_buff_data_t;
-                (*skb).len += header.len() as u32;
-                to
-            };
-            ptr::copy_nonoverlapping(header.as_ptr(), to, header.len());
-        }
-    }
-
-    /// Lets `fill` take bytes of `message`, which is put back where that fails.
-    fn fill(
-        &mut self,
-        message: &mut MessageSource,
-        fill: impl FnOnce(*mut bindings::sk_buff, &mut MessageSource) -> c_int,
-    ) -> Result {
-        let before = message.position();
-        let filled = to_result(fill(self.as_raw(), message));
-        if filled.is_err() {
-            message.rewind(before);
-        }
-        filled
-    }
-
-    /// Makes an empty buffer that takes 4 KiB of memory with its bookkeeping. May sleep.
-    pub(crate) fn page_sized(control: C) -> Result<Self, AllocError> {
-        // SAFETY: No preconditions.
-        Self::empty(unsafe { bindings::vsock_glue_page_sized() }, control)
-    }
-
-    /// Makes an empty buffer with room for `size` bytes. May sleep.
-    pub(crate) fn empty(size: u32, control: C) -> Result<Self, AllocError> {
-        // SAFETY: No preconditions.
-        let skb = unsafe { bindings::vsock_glue_alloc_linear(size) };
-        let skb = NonNull::new(skb).ok_or(AllocError)?;
-        // SAFETY: It was made here.
-        Ok(unsafe { Self::new(skb, control) })
-    }
-
-    /// Replaces the control block.
-    pub(crate) fn with_control<D>(self, control: D) -> SkBuff<D> {
-        let skb = self.skb;
-        // SAFETY: The old control block is dropped here and nowhere else: `self` is not dropped below.
-        unsafe { ptr::drop_in_place(self.control_ptr()) };
-        let _ = ManuallyDrop::new(self);
-        // SAFETY: The reference is `self`'s.
-        unsafe { SkBuff::new(skb, control) }
     }
 
     /// Gives the buffer to C.
@@ -282,36 +150,6 @@ impl<C> SkBuff<C> {
         unsafe { bindings::vsock_glue_tailroom(self.as_raw()) as usize }
     }
 
-    /// Declares the first `len` bytes of the tailroom to be data: a device wrote them.
-    ///
-    /// Returns `false` and changes nothing where the tailroom is smaller.
-    pub(super) fn set_received(&mut self, len: usize) -> bool {
-        if len > self.tailroom() {
-            return false;
-        }
-        // SAFETY: There is room.
-        unsafe { bindings::skb_put(self.as_raw(), len as u32) };
-        true
-    }
-
-    /// The first `N` bytes, of a buffer that no device writes to; `None` where there are fewer in one piece.
-    pub(crate) fn front<const N: usize>(&self) -> Option<&[u8; N]> {
-        let skb = self.as_raw();
-        // SAFETY: The buffer is valid and ours, and its linear part as long as asked for.
-        unsafe {
-            ((*skb).len - (*skb).data_len >= N as u32).then(|| &*(*skb).data.cast::<[u8; N]>())
-        }
-    }
-
-    /// The first `N` bytes, of a buffer that no device has; `None` where there are fewer in one piece.
-    pub(crate) fn front_mut<const N: usize>(&mut self) -> Option<&mut [u8; N]> {
-        let skb = self.as_raw();
-        // SAFETY: As above, and `self` is borrowed mutably. Nobody shares the data: it was never cloned.
-        unsafe {
-            ((*skb).len - (*skb).data_len >= N as u32).then(|| &mut *(*skb).data.cast::<[u8; N]>())
-        }
-    }
-
     /// A copy of the first `N` bytes, read once; `None` where there are fewer.
     pub(crate) fn copy_front<const N: usize>(&self) -> Option<[u8; N]> {
         let mut front = [0; N];
@@ -334,11 +172,218 @@ impl<C> SkBuff<C> {
         data
     }
 
+    /// Frees a buffer that has served its purpose (dropping one says that it was lost).
+    pub(crate) fn consume(self) {
+        // SAFETY: The control block is dropped here and nowhere else.
+        unsafe { ptr::drop_in_place(self.control_ptr()) };
+        // SAFETY: The reference is given away.
+        unsafe { bindings::consume_skb(ManuallyDrop::new(self).as_raw()) }
+    }
+}
+
+impl<C: Control<Direction = ToDevice>> SkBuff<C> {
+    /// The longest packet that is one segment of memory, in bytes.
+    pub(crate) fn longest_linear() -> usize {
+        // SAFETY: No preconditions.
+        unsafe { bindings::vsock_glue_largest_linear() as usize }
+    }
+
+    /// Makes a packet of `header` and `payload`, filled and ready to send. May sleep.
+    ///
+    /// It is charged to `socket`'s send memory, and keeps the socket alive as long as it lives. A completion
+    /// for `MSG_ZEROCOPY` is attached to it, also where the payload is a copy.
+    ///
+    /// # Errors
+    ///
+    /// ENOMEM; EFAULT where the message cannot be read; EMSGSIZE where its pages are too many for a packet; EINVAL where there
+    /// are pages but no socket to charge them to, or no completion that holds them. The message is then as before.
+    pub(crate) fn outgoing(
+        socket: Option<&Socket>,
+        header: &[u8],
+        payload: Payload<'_>,
+        zero_copy: Option<&mut ZeroCopy>,
+        control: C,
+    ) -> Result<Self> {
+        if matches!(payload, Payload::Pages(..)) && (socket.is_none() || zero_copy.is_none()) {
+            return Err(EINVAL);
+        }
+        let (in_buffer, in_pages) = match &payload {
+            Payload::Copy(_, len) if header.len() + len <= Self::longest_linear() => (*len, 0),
+            Payload::Copy(_, len) => (0, *len),
+            Payload::None | Payload::Pages(..) => (0, 0),
+        };
+        // SAFETY: No preconditions.
+        let skb = unsafe {
+            if in_pages > 0 {
+                let (linear, pages) = (u32::try_from(header.len())?, u32::try_from(in_pages)?);
+                bindings::vsock_glue_alloc_with_frags(linear, pages)
+            } else {
+                bindings::vsock_glue_alloc_linear(u32::try_from(header.len() + in_buffer)?)
+            }
+        };
+        let skb = NonNull::new(skb).ok_or(ENOMEM)?;
+        // SAFETY: It was made here, to be sent.
+        let mut this = unsafe { Self::new(skb, control) };
+        if let Some(socket) = socket {
+            // SAFETY: Both are valid, and the buffer has no owner yet.
+            unsafe { bindings::vsock_glue_set_owner(this.as_raw(), socket.as_sock()) }
+        }
+        this.put_header(header, in_pages == 0);
+        if let Some(zero_copy) = zero_copy {
+            zero_copy.attach(this.as_raw());
+        }
+        match payload {
+            Payload::None => {}
+            Payload::Copy(message, len) => {
+                if in_buffer > 0 {
+                    // SAFETY: The buffer was made with room for the payload.
+                    unsafe { bindings::skb_put(this.as_raw(), len as u32) };
+                }
+                this.fill(message, |skb, message| {
+                    // SAFETY: The buffer has `len` bytes behind the header; the iterator can be read.
+                    unsafe {
+                        bindings::skb_copy_datagram_from_iter(
+                            skb,
+                            header.len() as c_int,
+                            message.iter(),
+                            len as c_int,
+                        )
+                    }
+                })?;
+            }
+            Payload::Pages(message, len) => {
+                this.fill(message, |skb, message| {
+                    // SAFETY: The buffer has an owner and a completion, which holds the pages: that was seen to above.
+                    unsafe {
+                        bindings::__zerocopy_sg_from_iter(
+                            message.as_raw(),
+                            ptr::null_mut(),
+                            skb,
+                            message.iter(),
+                            len,
+                            ptr::null_mut(),
+                        )
+                    }
+                })?;
+            }
+        }
+        Ok(this)
+    }
+
+    /// Makes a packet of a header alone, like [`outgoing`](Self::outgoing), and waits for memory until there is some.
+    /// Sleeps.
+    pub(crate) fn outgoing_nofail<const N: usize>(
+        socket: Option<&Socket>,
+        header: &[u8; N],
+        control: C,
+    ) -> Self {
+        // SAFETY: No preconditions; with this the function does not return null, but a new buffer, to be sent.
+        let mut this = unsafe {
+            let skb = bindings::vsock_glue_alloc_linear_nofail(N as u32);
+            Self::new(NonNull::new_unchecked(skb), control)
+        };
+        if let Some(socket) = socket {
+            // SAFETY: Both are valid, and the buffer has no owner yet.
+            unsafe { bindings::vsock_glue_set_owner(this.as_raw(), socket.as_sock()) }
+        }
+        this.put_header(header, true);
+        this
+    }
+
+    /// Puts the header into the linear part of a buffer that was made with room for it.
+    fn put_header(&mut self, header: &[u8], linear: bool) {
+        let skb = self.as_raw();
+        // SAFETY: The linear part has room for the header. `skb_put()` wants a buffer without fragments:
+        // where there are some, the header goes in by hand, in front of them, as `skb_put()` would do it.
+        unsafe {
+            let to = if linear {
+                bindings::skb_put(skb, header.len() as u32).cast::<u8>()
+            } else {
+                let to = (*skb).data;
+                (*skb).tail += header.len() as bindings::sk_buff_data_t;
+                (*skb).len += header.len() as u32;
+                to
+            };
+            ptr::copy_nonoverlapping(header.as_ptr(), to, header.len());
+        }
+    }
+
+    /// Lets `fill` take bytes of `message`, which is put back where that fails.
+    fn fill(
+        &mut self,
+        message: &mut MessageSource,
+        fill: impl FnOnce(*mut bindings::sk_buff, &mut MessageSource) -> c_int,
+    ) -> Result {
+        let before = message.position();
+        let filled = to_result(fill(self.as_raw(), message));
+        if filled.is_err() {
+            message.rewind(before);
+        }
+        filled
+    }
+
+    /// The first `N` bytes; `None` where there are fewer in one piece.
+    pub(crate) fn front<const N: usize>(&self) -> Option<&[u8; N]> {
+        let skb = self.as_raw();
+        // SAFETY: The buffer is valid and ours, its linear part as long as asked for, and no device writes to it by the type
+        // invariant.
+        unsafe {
+            ((*skb).len - (*skb).data_len >= N as u32).then(|| &*(*skb).data.cast::<[u8; N]>())
+        }
+    }
+
+    /// The first `N` bytes; `None` where there are fewer in one piece.
+    pub(crate) fn front_mut<const N: usize>(&mut self) -> Option<&mut [u8; N]> {
+        let skb = self.as_raw();
+        // SAFETY: As above, and `self` is borrowed mutably. Nobody shares the data: it was never cloned.
+        unsafe {
+            ((*skb).len - (*skb).data_len >= N as u32).then(|| &mut *(*skb).data.cast::<[u8; N]>())
+        }
+    }
+}
+
+impl<C: Control<Direction = FromDevice>> SkBuff<C> {
+    /// Makes an empty buffer that takes 4 KiB of memory with its bookkeeping. May sleep.
+    pub(crate) fn page_sized(control: C) -> Result<Self, AllocError> {
+        // SAFETY: No preconditions.
+        Self::empty(unsafe { bindings::vsock_glue_page_sized() }, control)
+    }
+
+    /// Makes an empty buffer with room for `size` bytes. May sleep.
+    pub(crate) fn empty(size: u32, control: C) -> Result<Self, AllocError> {
+        // SAFETY: No preconditions.
+        let skb = unsafe { bindings::vsock_glue_alloc_linear(size) };
+        let skb = NonNull::new(skb).ok_or(AllocError)?;
+        // SAFETY: It was made here.
+        Ok(unsafe { Self::new(skb, control) })
+    }
+
+    /// Replaces the control block.
+    pub(crate) fn with_control<D: Control<Direction = FromDevice>>(self, control: D) -> SkBuff<D> {
+        let skb = self.skb;
+        // SAFETY: The old control block is dropped here and nowhere else: `self` is not dropped below.
+        unsafe { ptr::drop_in_place(self.control_ptr()) };
+        let _ = ManuallyDrop::new(self);
+        // SAFETY: The reference is `self`'s, and the direction the same.
+        unsafe { SkBuff::new(skb, control) }
+    }
+
+    /// Declares the first `len` bytes of the tailroom to be data: a device wrote them.
+    ///
+    /// Returns `false` and changes nothing where the tailroom is smaller.
+    pub(super) fn set_received(&mut self, len: usize) -> bool {
+        if len > self.tailroom() {
+            return false;
+        }
+        // SAFETY: There is room.
+        unsafe { bindings::skb_put(self.as_raw(), len as u32) };
+        true
+    }
+
     /// Cuts `len` bytes off the front, at most all of them.
     pub(crate) fn pull(&mut self, len: usize) {
         let len = len.min(self.len());
-        // SAFETY: There is so much data, all of it linear: only outgoing buffers have fragments, and those
-        // are not cut. (`skb_pull()` returns null and does nothing where that were not so.)
+        // SAFETY: There is so much data, all of it linear by the type invariant.
         unsafe { bindings::skb_pull(self.as_raw(), len as u32) };
     }
 
@@ -351,11 +396,10 @@ impl<C> SkBuff<C> {
     /// Appends all data of `other`; returns `false` and does nothing where there is no room for it.
     pub(crate) fn append<D>(&mut self, other: &SkBuff<D>) -> bool {
         let len = other.len();
-        // SAFETY: The buffer is valid.
-        if len > self.tailroom() || unsafe { bindings::vsock_glue_is_nonlinear(self.as_raw()) } {
+        if len > self.tailroom() {
             return false;
         }
-        // SAFETY: There is room for `len` bytes behind the data, and `other` has as many.
+        // SAFETY: There is room for `len` bytes behind the data, all of it linear by the type invariant, and `other` has as many.
         unsafe {
             let to = bindings::skb_put(self.as_raw(), len as u32);
             to_result(bindings::skb_copy_bits(other.as_raw(), 0, to, len as c_int)).is_ok()
@@ -391,14 +435,6 @@ impl<C> SkBuff<C> {
     pub(crate) fn discharge(&mut self) {
         // SAFETY: The buffer is valid and nobody else's.
         unsafe { bindings::vsock_glue_orphan(self.as_raw()) }
-    }
-
-    /// Frees a buffer that has served its purpose (dropping one says that it was lost).
-    pub(crate) fn consume(self) {
-        // SAFETY: The control block is dropped here and nowhere else.
-        unsafe { ptr::drop_in_place(self.control_ptr()) };
-        // SAFETY: The reference is given away.
-        unsafe { bindings::consume_skb(ManuallyDrop::new(self).as_raw()) }
     }
 }
 
@@ -571,6 +607,12 @@ impl<C> SkBuffQueue<C> {
         }
         self.head = front.head;
         self.len += front.len;
+    }
+
+    /// Puts all buffers of `back` behind those of this queue.
+    pub(crate) fn append(&mut self, mut back: Self) {
+        back.prepend(self.take());
+        *self = back;
     }
 
     /// Takes out the buffers for which `matches` holds, in order.

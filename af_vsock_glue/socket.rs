@@ -87,6 +87,8 @@ pub(crate) enum SocketKind {
 pub(crate) struct Directions(u32);
 
 impl Directions {
+    /// Neither.
+    pub(crate) const NONE: Self = Self(0);
     /// Sending (`SEND_SHUTDOWN`).
     pub(crate) const SEND: Self = Self(bindings::SEND_SHUTDOWN);
     /// Both (`SHUTDOWN_MASK`).
@@ -624,6 +626,14 @@ impl<'a> LockedSocket<'a> {
     pub(crate) fn set_done(&self) {
         // SAFETY: By the type invariant.
         unsafe { bindings::vsock_glue_set_flag(self.as_sock(), bindings::sock_flags_SOCK_DONE) }
+    }
+
+    /// Forgets how far a connection was shut down and that it had ended, for the next one.
+    pub(crate) fn begin_anew(&self) {
+        self.set_shutdown(Directions::NONE);
+        self.set_peer_shutdown(Directions::NONE);
+        // SAFETY: By the type invariant.
+        unsafe { bindings::vsock_glue_reset_flag(self.as_sock(), bindings::sock_flags_SOCK_DONE) }
     }
 
     /// Whether the application has asked for completions of sends with `MSG_ZEROCOPY`.

@@ -327,18 +327,18 @@ type SendNotify = *mut bindings::vsock_transport_send_notify_data;
 /// The core calls for a socket that was given to `T`, and holds the socket's lock.
 unsafe fn with_socket<T: Transport, R>(
     vsk: Vsk,
-    act: impl FnOnce(ArcBorrow<'_, T>, &mut LockedSocket<'_>, ArcBorrow<'_, T::Connection>) -> Result<R>,
+    act: impl FnOnce(ArcBorrow<'_, T>, &LockedSocket<'_>, ArcBorrow<'_, T::Connection>) -> Result<R>,
 ) -> Result<R> {
     // SAFETY: As the caller promises: the transport is registered, the socket valid and locked, and it stays
     // `T`'s, because only the caller could give it to another transport.
-    let (context, mut socket, connection) = unsafe {
+    let (context, socket, connection) = unsafe {
         (
             context::<T>().ok_or(ENODEV)?,
             LockedSocket::assume_locked(Socket::from_raw(vsk)),
             borrow_connection::<T>(vsk).ok_or(ENOTCONN)?,
         )
     };
-    act(context, &mut socket, connection)
+    act(context, &socket, connection)
 }
 
 /// Asks the connection of a socket for a number; 0 where it has none.

@@ -5,7 +5,10 @@
 //! C headers: [`include/linux/virtio.h`](srctree/include/linux/virtio.h),
 //! [`include/linux/virtio_config.h`](srctree/include/linux/virtio_config.h)
 
-use super::{bindings, skb::SkBuff};
+use super::{
+    bindings,
+    skb::{Control, Direction, FromDevice, SkBuff, ToDevice},
+};
 use core::{marker::PhantomData, mem::offset_of, ptr, ptr::NonNull};
 use kernel::{
     error::{code, from_result, to_result},
@@ -451,43 +454,23 @@ pub(crate) fn is_shutting_down() -> bool {
     unsafe { bindings::vsock_glue_is_shutting_down() }
 }
 
-/// Which way the data in a queue's buffers goes.
-pub(crate) trait Direction {
-    /// From the driver to the device.
-    const TO_DEVICE: bool;
-}
-
-/// To the device.
-pub(crate) enum ToDevice {}
-
-impl Direction for ToDevice {
-    const TO_DEVICE: bool = true;
-}
-
-/// From the device.
-pub(crate) enum FromDevice {}
-
-impl Direction for FromDevice {
-    const TO_DEVICE: bool = false;
-}
-
 /// A virtqueue of socket buffers with control block `C`.
 ///
-/// A buffer in the queue is the queue's; it comes back by [`pop`](Self::pop). What is still there when the
+/// A buffer in the queue is the queue's; it comes back by `pop_sent()` or `pop_received()`, by its [direction](Control). What is still there when the
 /// queue is dropped is freed, after the device was reset: so a driver takes all queues of a device out of use
 /// before it drops the first. Dropping may sleep.
 ///
 /// # Invariants
 ///
 /// `vq` is a queue of `device`, its tokens are buffers with a `C`, and nobody else uses it.
-pub(crate) struct Virtqueue<C, D: Direction> {
+pub(crate) struct Virtqueue<C: Control> {
     vq: NonNull<bindings::virtqueue>,
     device: Arc<LiveDevice>,
-    _buffers: PhantomData<(SkBuff<C>, D)>,
+    _buffers: PhantomData<SkBuff<C>>,
 }
 
 // SAFETY: A virtqueue is not bound to a thread. Its functions take it mutably, as the C functions want it.
-unsafe impl<C: Send, D: Direction> Send for Virtqueue<C, D> {}
+unsafe impl<C: Control + Send> Send for Virtqueue<C> {}
 
 /// Why a buffer was not put into a queue.
 #[derive(Debug, PartialEq, Eq)]
@@ -504,7 +487,7 @@ pub(crate) enum PushError {
 #[derive(Debug)]
 pub(crate) struct UsedLengthTooLarge;
 
-impl<C, D: Direction> From<RawQueue> for Virtqueue<C, D> {
+impl<C: Control> From<RawQueue> for Virtqueue<C> {
     fn from(raw: RawQueue) -> Self {
         // INVARIANT: The queue is empty and `raw`'s alone.
         Self {
@@ -515,7 +498,7 @@ impl<C, D: Direction> From<RawQueue> for Virtqueue<C, D> {
     }
 }
 
-impl<C, D: Direction> Virtqueue<C, D> {
+impl<C: Control> Virtqueue<C> {
     /// The device that the queue belongs to.
     pub(crate) fn device(&self) -> &LiveDevice {
         &self.device
@@ -554,7 +537,7 @@ impl<C, D: Direction> Virtqueue<C, D> {
         let skb = skb.into_raw();
         // SAFETY: The queue is ours, and the buffer now is the queue's.
         let pushed = to_result(unsafe {
-            if D::TO_DEVICE {
+            if C::Direction::TO_DEVICE {
                 bindings::vsock_glue_add_out(self.vq.as_ptr(), skb)
             } else {
                 bindings::vsock_glue_add_in(self.vq.as_ptr(), skb, room)
@@ -606,16 +589,16 @@ impl<C, D: Direction> Virtqueue<C, D> {
     }
 }
 
-impl<C> Virtqueue<C, ToDevice> {
+impl<C: Control<Direction = ToDevice>> Virtqueue<C> {
     /// Takes out a buffer that the device has read.
-    pub(crate) fn pop(&mut self) -> Option<SkBuff<C>> {
+    pub(crate) fn pop_sent(&mut self) -> Option<SkBuff<C>> {
         self.pop_used().map(|(skb, _)| skb)
     }
 }
 
-impl<C> Virtqueue<C, FromDevice> {
+impl<C: Control<Direction = FromDevice>> Virtqueue<C> {
     /// Takes out a buffer with what the device wrote as its data.
-    pub(crate) fn pop(&mut self) -> Option<Result<SkBuff<C>, UsedLengthTooLarge>> {
+    pub(crate) fn pop_received(&mut self) -> Option<Result<SkBuff<C>, UsedLengthTooLarge>> {
         let (mut skb, written) = self.pop_used()?;
         Some(if skb.set_received(written as usize) {
             Ok(skb)
@@ -625,7 +608,7 @@ impl<C> Virtqueue<C, FromDevice> {
     }
 }
 
-impl<C, D: Direction> Drop for Virtqueue<C, D> {
+impl<C: Control> Drop for Virtqueue<C> {
     fn drop(&mut self) {
         self.device.reset();
         loop {

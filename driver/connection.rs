@@ -5,7 +5,7 @@
 use super::backlog::Waiting;
 use crate::{
     af_vsock_glue::{
-        skb::{SkBuff, SkBuffQueue},
+        skb::{Control, FromDevice, SkBuff, SkBuffQueue},
         socket::{Address, Socket},
     },
     protocol::{
@@ -60,6 +60,10 @@ pub(crate) struct Received {
     merged: KVec<MessageEnd>,
     /// End of the last message, where it ends in this packet.
     last: Option<MessageEnd>,
+}
+
+impl Control for Received {
+    type Direction = FromDevice;
 }
 
 impl Received {
@@ -279,6 +283,20 @@ impl Connection {
             }),
             GFP_KERNEL,
         )
+    }
+
+    /// Forgets a connection that has ended, for the next one of the same socket. Needs the socket's lock.
+    pub(crate) fn begin_anew(&self, buf_alloc: u32) {
+        self.purge();
+        {
+            let mut state = self.state.lock();
+            state.send = SendCredit::default();
+            state.receive = ReceiveCredit::new(buf_alloc);
+            state.shutdown_sent = 0;
+        }
+        self.untold_readers.store(0, Relaxed);
+        self.is_finished.store(false, Relaxed);
+        self.reset.store(ResetState::No as u32, Relaxed);
     }
 
     /// The guest's CID that the connection's peer knows; `None` before there is a connection.

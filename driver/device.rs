@@ -132,13 +132,14 @@ impl VsockDriver {
         live.start();
 
         let has_updates = device.has_feature(feature::CHECKPOINT);
-        let mut rx = RxQueue::new(rx, has_updates);
+        let is_packed = device.has_feature(feature::RING_PACKED);
+        let mut rx = RxQueue::new(rx, is_packed, has_updates);
         let mut events = EventQueue::new(events, has_updates)?;
         events.fill();
         rx.fill();
         self.set_socket_types(SocketTypes::negotiated(|bit| device.has_feature(bit)));
         self.tx.start(tx, self.into());
-        self.rx_handled.store(0, Relaxed);
+        self.rx_handled.store(rx.place().into(), Relaxed);
         self.update_waits.store(false, Relaxed);
         self.set_guest_cid(Some(cid));
         self.let_bound_sockets_follow(cid);

@@ -3,14 +3,20 @@
 //! Events of the device.
 
 use super::{
-    cid_or_any, queue_work, queue_work_without_memory, rx::RxQueue, updates::Updates, work,
-    VsockDriver,
+    cid_or_any,
+    queue_work,
+    queue_work_in_turn,
+    queue_work_without_memory,
+    rx::RxQueue,
+    updates::Updates,
+    work,
+    VsockDriver, //
 };
 use crate::{
     af_vsock_glue::{
         skb::SkBuff,
         socket::Socket,
-        virtio::{Cause, FromDevice, LiveDevice, Migration, RawQueue, Virtqueue},
+        virtio::{Cause, LiveDevice, Migration, RawQueue, Virtqueue},
         workqueue::{cond_resched, may_log},
     },
     protocol::{
@@ -34,7 +40,7 @@ const CONFIG_GUEST_CID: u32 = 0;
 
 /// The event virtqueue.
 pub(crate) struct EventQueue {
-    queue: Virtqueue<(), FromDevice>,
+    queue: Virtqueue<()>,
     /// Buffers that the device has.
     posted: usize,
     /// How long the buffers are, in bytes.
@@ -156,7 +162,7 @@ impl VsockDriver {
 
     /// Handles the next event; returns whether there was one. Sleeps, and takes sockets' locks.
     fn handle_next_event(&self, events: &mut EventQueue) -> bool {
-        let Some(buffer) = events.queue.pop() else {
+        let Some(buffer) = events.queue.pop_received() else {
             return false;
         };
         events.posted = events.posted.saturating_sub(1);
@@ -193,7 +199,7 @@ impl VsockDriver {
                 }
                 budget -= 1;
                 if budget == 0 {
-                    queue_work::<{ work::EVENTS }>(self.clone());
+                    queue_work_in_turn::<{ work::EVENTS }>(self.clone());
                     return;
                 }
                 cond_resched();

@@ -76,8 +76,7 @@ pub(crate) struct VsockDriver {
     device: Mutex<device::DeviceState>,
     #[pin]
     rx: Mutex<Option<rx::RxQueue>>,
-    /// How many buffers of the receive queue were handled since the device began, modulo 2^32. Changed with the rx
-    /// mutex.
+    /// The place in the receive queue up to which packets were handled, as updates of CIDs say it. Changed with the rx mutex.
     rx_handled: Atomic<u32>,
     /// How many transport resets there were, refused updates among them, modulo 2^32. Changed with the rx mutex.
     resets: Atomic<u32>,
@@ -105,7 +104,7 @@ pub(crate) struct VsockDriver {
 
     /// Runs the work above and the close timeouts of sockets, before programs run.
     work_at_once: Arc<OwnedQueue>,
-    /// Runs the work above that [`moderation`] lets wait, as programs run.
+    /// Runs the work above that [`moderation`] lets wait, or that has done much, as programs run.
     work_in_turn: Arc<OwnedQueue>,
 }
 
@@ -237,6 +236,17 @@ where
 {
     let queue = driver.work_at_once.clone();
     // The error is the driver, given back because the work is queued already.
+    let _ = queue.enqueue::<Arc<VsockDriver>, ID>(driver);
+}
+
+/// The same, when it is the work's turn among programs: for work that has done much, or that a program need not be interrupted
+/// for. Callable in any context.
+fn queue_work_in_turn<const ID: u64>(driver: Arc<VsockDriver>)
+where
+    VsockDriver: WorkItem<ID, Pointer = Arc<VsockDriver>>,
+    VsockDriver: kernel::workqueue::HasWork<VsockDriver, ID>,
+{
+    let queue = driver.work_in_turn.clone();
     let _ = queue.enqueue::<Arc<VsockDriver>, ID>(driver);
 }
 

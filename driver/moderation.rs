@@ -9,7 +9,7 @@
 //! receives from a stream or polls in vain is a sender no more, and realtime tasks never are: the work may have no turn beside
 //! them.
 
-use super::{queue_work, work, VsockDriver};
+use super::{queue_work, queue_work_in_turn, work, VsockDriver};
 use crate::af_vsock_glue::workqueue::{current_is_realtime, jiffies};
 use kernel::{
     cpu::CpuId,
@@ -131,15 +131,8 @@ impl VsockDriver {
         }
         let cpu = CpuId::current().as_u32();
         self.moderation.busy_cpu.store(cpu, Relaxed);
-        // The error is the driver, given back because the work is queued already.
-        let _ = self.work_in_turn.enqueue::<Arc<Self>, ID>(self.clone());
-        // It notes that it has had its turn.
-        self.queue_batch_work();
-    }
-
-    /// Lets the work run, when it is its turn, that takes batches to the device. Callable in any context.
-    pub(super) fn queue_batch_work(self: &Arc<Self>) {
-        let queue = &self.work_in_turn;
-        let _ = queue.enqueue::<Arc<Self>, { work::TX }>(self.clone());
+        queue_work_in_turn::<ID>(self.clone());
+        // It notes that it has had its turn, and takes batches to the device.
+        queue_work_in_turn::<{ work::TX }>(self.clone());
     }
 }

@@ -6,6 +6,7 @@ use super::{
     connection::{Connection, ResetState},
     purpose,
     queue_work,
+    queue_work_in_turn,
     queue_work_without_memory,
     tx::ControlPacket,
     work,
@@ -17,13 +18,14 @@ use crate::{
         monitor::{self, Direction},
         skb::SkBuff,
         socket::{Address, Directions, LockedSocket, Socket, SocketKind, SocketState},
-        virtio::{FromDevice, LiveDevice, RawQueue, Virtqueue},
+        virtio::{LiveDevice, RawQueue, Virtqueue},
         workqueue::cond_resched,
     },
     protocol::{
         cid::Cid,
         connection::{step, ConnectError, State, Step},
         header::{Header, Op, SocketType, HEADER_LEN},
+        ring::UsedPlace,
     },
 };
 use kernel::{
@@ -31,7 +33,7 @@ use kernel::{
     sync::{atomic::Relaxed, Arc, ArcBorrow},
 };
 
-/// How many packets one run of the work item takes, so that others get the CPU and the lock.
+/// How many packets one run of the work item takes, so that others get the lock, and the CPU when it is their turn.
 const BUDGET: u32 = 256;
 
 /// How many buffers the device has at most, however large its ring is: 2 MiB of memory.
@@ -42,21 +44,32 @@ type ReceivedPayload = SkBuff<()>;
 
 /// The receive virtqueue. Each of its buffers takes a page of memory and holds a packet with its header.
 pub(crate) struct RxQueue {
-    queue: Virtqueue<(), FromDevice>,
+    queue: Virtqueue<()>,
     /// Buffers that the device has.
     posted: u32,
+    /// Behind the buffers that were taken out.
+    place: UsedPlace,
     /// Whether the device sends updates of CIDs, of which no packet of after one may be received before it.
     has_updates: bool,
 }
 
 impl RxQueue {
-    /// Takes over an empty queue. `has_updates` says whether the device may send updates of CIDs.
-    pub(crate) fn new(queue: RawQueue, has_updates: bool) -> Self {
+    /// Takes over an empty queue. `is_packed` says whether it is a packed ring, `has_updates` whether the device may send
+    /// updates of CIDs.
+    pub(crate) fn new(queue: RawQueue, is_packed: bool, has_updates: bool) -> Self {
+        let queue = Virtqueue::from(queue);
+        let place = UsedPlace::first(is_packed.then(|| queue.size()));
         Self {
-            queue: queue.into(),
+            queue,
             posted: 0,
+            place,
             has_updates,
         }
+    }
+
+    /// The place behind the buffers that were taken out, as updates of CIDs say it.
+    pub(crate) fn place(&self) -> u16 {
+        self.place.to_wire()
     }
 
     /// The device that the queue is of.
@@ -144,10 +157,10 @@ impl VsockDriver {
                 }
                 if budget == 0 {
                     rx.fill_if_low();
-                    queue_work::<{ work::RX }>(self.clone());
+                    queue_work_in_turn::<{ work::RX }>(self.clone());
                     return;
                 }
-                let Some(packet) = rx.queue.pop() else {
+                let Some(packet) = rx.queue.pop_received() else {
                     if self.update_waits.load(Relaxed) {
                         // It waits for packets that the device does not have put here.
                         self.refuse_waiting_update();
@@ -163,8 +176,9 @@ impl VsockDriver {
                     Ok(packet) => self.receive(packet),
                     Err(_) => self.statistics.dropped_long.increment(),
                 }
-                self.rx_handled
-                    .store(self.rx_handled.load(Relaxed).wrapping_add(1), Relaxed);
+                // Each buffer is one piece of memory, and so one descriptor.
+                rx.place.advance();
+                self.rx_handled.store(rx.place().into(), Relaxed);
                 rx.fill_if_low();
             }
             if rx.is_broken() || rx.queue.enable_interrupts() {

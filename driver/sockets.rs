@@ -74,6 +74,13 @@ impl Transport for VsockDriver {
     }
 
     fn connect(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) -> Result {
+        if connection.reset_state() != ResetState::No || connection.is_finished() {
+            // On Linux 7.2, connect() fails and can be called again where the connection was made and has ended before the caller
+            // got the CPU.
+            self.cancel_waiting(&connection);
+            connection.begin_anew(u32::try_from(socket.buffer_size())?);
+            socket.begin_anew();
+        }
         // Read before the request goes: a response to one of before a reset is never taken for one to a request of after it.
         connection.note_request(self.resets.load(Acquire));
         self.send_control(socket, connection, ControlPacket::of(Op::Request))

@@ -98,7 +98,7 @@ statistics! {
     credit_updates,
     /// Transport resets that the device announced.
     transport_resets,
-    /// Connections that were reset because of those, or because the device went away.
+    /// Connections that were reset because of those, because the device went away, or because their peer had lost them.
     reset_connections,
     /// Updates of CIDs that were applied.
     cid_updates,

@@ -13,6 +13,7 @@ use super::{
     connection::{Connection, ResetState},
     purpose,
     queue_work,
+    queue_work_in_turn,
     queue_work_without_memory,
     work,
     VsockDriver, //
@@ -21,9 +22,9 @@ use crate::{
     af_vsock_glue::{
         message::{MessageSource, ZeroCopy},
         monitor::{self, Direction},
-        skb::{Payload, SkBuff, SkBuffQueue},
+        skb::{Control, Payload, SkBuff, SkBuffQueue, ToDevice},
         socket::{Directions, LockedSocket},
-        virtio::{PushError, RawQueue, ToDevice, Virtqueue},
+        virtio::{PushError, RawQueue, Virtqueue},
         workqueue::cond_resched,
     },
     protocol::{
@@ -43,6 +44,9 @@ use kernel::{
 
 /// How many answers may wait for room before no more packets are received.
 const MAX_WAITING_REPLIES: usize = 128;
+
+/// How many packets that the device has used one run of the work item takes, so that others get the CPU.
+const BUDGET: usize = 256;
 
 /// How many packets of payload wait for the work item, at most, before a sender takes them to the device itself.
 const LONGEST_BATCH: u32 = 64;
@@ -131,6 +135,10 @@ impl Outgoing {
     }
 }
 
+impl Control for Outgoing {
+    type Direction = ToDevice;
+}
+
 impl Drop for Outgoing {
     fn drop(&mut self) {
         if let Some(connection) = self.connection.take() {
@@ -151,14 +159,20 @@ pub(crate) type OutgoingPacket = SkBuff<Outgoing>;
 pub(crate) struct Tx {
     #[pin]
     state: Mutex<TxState>,
-    /// Held by the work, which both workqueues may run at a time, until it has freed what the device has used: completions of
-    /// MSG_ZEROCOPY keep their order.
-    #[pin]
-    freeing: Mutex<()>,
     /// Whether answers may wait in the backlog.
     replies_wait: Atomic<bool>,
     /// The longest payload that fits into the virtqueue, in bytes.
     longest_payload: Atomic<u32>,
+}
+
+/// When the transmit virtqueue is to be looked at again.
+enum Next {
+    /// When the device interrupts, or something is sent.
+    Never,
+    /// Now: the device has used more.
+    Again,
+    /// When there may be memory.
+    WithMemory,
 }
 
 /// What the tx mutex protects.
@@ -170,11 +184,16 @@ pub(crate) struct TxState {
     parked: bool,
     /// How many packets went to the backlog though there may have been room, since it was emptied as far as that.
     batched: u32,
+    /// Packets that the device has used, for who frees them.
+    used: SkBuffQueue<Outgoing>,
+    /// Whether somebody frees packets. The work, which both workqueues may run at a time, does that in one place: so completions
+    /// of MSG_ZEROCOPY keep their order.
+    is_freeing: bool,
 }
 
 /// The transmit virtqueue of a device.
 pub(crate) struct TxQueue {
-    queue: Virtqueue<Outgoing, ToDevice>,
+    queue: Virtqueue<Outgoing>,
     /// Packets that the device has.
     in_flight: usize,
     /// Whose queue it is, for as long as it has the device.
@@ -198,8 +217,8 @@ impl TxQueue {
         Ok(())
     }
 
-    fn pop(&mut self) -> Option<OutgoingPacket> {
-        let packet = self.queue.pop()?;
+    fn pop_sent(&mut self) -> Option<OutgoingPacket> {
+        let packet = self.queue.pop_sent()?;
         self.in_flight -= 1;
         Some(packet)
     }
@@ -268,6 +287,20 @@ impl TxState {
         }
     }
 
+    /// Takes what the device has used, where nobody frees packets yet. [`Self::go_on_freeing`] has to follow unless it is nothing.
+    fn begin_freeing(&mut self) -> SkBuffQueue<Outgoing> {
+        match self.is_freeing {
+            true => SkBuffQueue::new(),
+            false => self.go_on_freeing(),
+        }
+    }
+
+    /// Takes what the device has used since; where it is nothing, the next one who finds some frees that.
+    fn go_on_freeing(&mut self) -> SkBuffQueue<Outgoing> {
+        self.is_freeing = !self.used.is_empty();
+        self.used.take()
+    }
+
     /// Takes what waits for the work item to the device, and what was to wait for room before that.
     fn push_batch(&mut self) {
         if self.batched > 0 {
@@ -307,8 +340,9 @@ impl Tx {
                 backlog: Backlog::new(),
                 parked: false,
                 batched: 0,
+                used: SkBuffQueue::new(),
+                is_freeing: false,
             }, "virtio_vsock_rs_tx"),
-            freeing <- new_mutex!((), "virtio_vsock_rs_tx_freeing"),
             replies_wait: Atomic::new(false),
             longest_payload: Atomic::new(MAX_PAYLOAD),
         })
@@ -635,7 +669,7 @@ impl VsockDriver {
         let may_batch = self.moderation.note_payload(packet.control().payload_len());
         if let Sent::Batched = self.transmit_or_batch(packet, may_batch)? {
             self.statistics.tx_batched.increment();
-            Arc::from(self).queue_batch_work();
+            queue_work_in_turn::<{ work::TX }>(self.into());
         }
         Ok(())
     }
@@ -673,59 +707,72 @@ impl VsockDriver {
     /// Frees the packets that the device has used, and gives it those that wait. Work item; sleeps.
     pub(super) fn process_tx(self: &Arc<Self>) {
         self.moderation.note_turn();
-        let freeing = self.tx.freeing.lock();
-        // Freed after the lock of the queue is released: freeing calls back into sockets.
-        let mut used = SkBuffQueue::new();
-        let mut sender = None;
-        let mut lacks_memory = false;
-        {
-            let mut state = self.tx.state.lock();
-            loop {
-                let Some(device) = &mut state.device else {
-                    return;
-                };
-                device.queue.disable_interrupts();
-                while let Some(packet) = device.pop() {
-                    used.push_back(packet);
-                }
-                if state.batched > 0 {
-                    sender.get_or_insert_with(|| self.moderation.begin_batch());
-                }
-                state.push_from_backlog();
-                let Some(device) = &mut state.device else {
-                    return;
-                };
-                if device.queue.is_broken() || device.queue.enable_interrupts() {
-                    break;
-                }
-                cond_resched();
+        let mut budget = BUDGET;
+        let next = loop {
+            let (used, next) = self.turn_tx_over(&mut budget);
+            self.free_used(used);
+            match next {
+                Next::Again if budget > 0 => cond_resched(),
+                next => break next,
             }
-            let Some(device) = &mut state.device else {
-                return;
-            };
-            let (is_broken, is_empty) = (device.queue.is_broken(), device.in_flight == 0);
-            if is_broken {
+        };
+        self.resume();
+        match next {
+            Next::Never => {}
+            Next::Again => queue_work_in_turn::<{ work::TX }>(self.clone()),
+            Next::WithMemory => queue_work_without_memory::<{ work::TX }>(self.clone()),
+        }
+    }
+
+    /// Takes what the device has used out of its queue, and fills that from what waits. Gives the former, to be freed, takes it off
+    /// the budget, and says when to do so again. Sleeps.
+    fn turn_tx_over(self: &Arc<Self>, budget: &mut usize) -> (SkBuffQueue<Outgoing>, Next) {
+        let mut guard = self.tx.state.lock();
+        let state = &mut *guard;
+        let Some(device) = &mut state.device else {
+            return (SkBuffQueue::new(), Next::Never);
+        };
+        device.queue.disable_interrupts();
+        while let Some(packet) = device.pop_sent() {
+            state.used.push_back(packet);
+            *budget = budget.saturating_sub(1);
+        }
+        let sender = (state.batched > 0).then(|| self.moderation.begin_batch());
+        state.push_from_backlog();
+        let something_waits = !state.nothing_waits();
+        let next = match &mut state.device {
+            None => Next::Never,
+            Some(device) if device.queue.is_broken() => {
                 queue_work::<{ work::DEVICE }>(self.clone());
                 // Nothing that waits will be taken any more; what is sent from now on fails.
                 let lost = state.take_all_waiting();
                 self.statistics.dropped_tx.add(lost.len());
-                used.prepend(lost);
-            } else if is_empty && !state.nothing_waits() {
-                // There was no memory to map even one packet, and no interrupt will come.
-                lacks_memory = true;
+                state.used.append(lost);
+                Next::Never
             }
-        }
+            Some(device) => match device.queue.enable_interrupts() {
+                false => Next::Again,
+                // There was no memory to map even one packet, and no interrupt will come.
+                true if device.in_flight == 0 && something_waits => Next::WithMemory,
+                true => Next::Never,
+            },
+        };
+        let used = state.begin_freeing();
+        drop(guard);
         if let Some(sender) = sender {
             self.moderation.end_batch(sender);
         }
-        while let Some(packet) = used.pop_front() {
-            packet.consume();
-            cond_resched();
-        }
-        drop(freeing);
-        self.resume();
-        if lacks_memory {
-            queue_work_without_memory::<{ work::TX }>(self.clone());
+        (used, next)
+    }
+
+    /// Frees packets, and those that others find used meanwhile. No lock may be held: freeing calls back into sockets. Sleeps.
+    fn free_used(&self, mut used: SkBuffQueue<Outgoing>) {
+        while !used.is_empty() {
+            while let Some(packet) = used.pop_front() {
+                packet.consume();
+                cond_resched();
+            }
+            used = self.tx.state.lock().go_on_freeing();
         }
     }
 

@@ -4,7 +4,7 @@
 //!
 //! Everything here is a function of its arguments: headers ([`header`]), addresses ([`cid`]), credit
 //! arithmetic ([`credit`]), what a packet does to a connection in a given state ([`connection`]) and what
-//! the device says on its event queue ([`event`], [`update`]). There is no kernel type, no lock and no unsafe code, so
+//! the device says on its event queue ([`event`], [`update`], [`ring`]). There is no kernel type, no lock and no unsafe code, so
 //! the same files are built into the module and, by path, into a user-space crate where they are tested,
 //! fuzzed and model-checked.
 //!
@@ -20,12 +20,13 @@ pub mod credit;
 pub mod event;
 mod fields;
 pub mod header;
+pub mod ring;
 pub mod update;
 
 /// The largest payload of one packet, in bytes (what Linux's vhost-vsock and virtio transports use).
 pub const MAX_PAYLOAD: u32 = 64 * 1024;
 
-/// Device feature bits (virtio 5.10.3).
+/// Feature bits (virtio 5.10.3 and 6).
 pub mod feature {
     /// `VIRTIO_VSOCK_F_STREAM`: stream sockets are supported.
     pub const STREAM: u32 = 0;
@@ -35,6 +36,8 @@ pub mod feature {
     pub const NO_IMPLIED_STREAM: u32 = 2;
     /// `VIRTIO_VSOCK_F_CHECKPOINT`: the device can send updates of CIDs (Documentation/checkpoint.md).
     pub const CHECKPOINT: u32 = 23;
+    /// `VIRTIO_F_RING_PACKED`: the virtqueues are packed rings.
+    pub const RING_PACKED: u32 = 34;
 }
 
 /// The kinds of sockets that driver and device agreed on.

@@ -109,8 +109,8 @@ pub struct Update {
     pub old_guest_cid: Cid,
     /// The guest's CID from now on.
     pub new_guest_cid: Cid,
-    /// How many buffers of the receive queue the device had used before the update, modulo 2^16: packets in these
-    /// are of before it.
+    /// The place in the receive queue behind the packets of before the update, as
+    /// [`UsedPlace::to_wire`](super::ring::UsedPlace::to_wire) gives it.
     pub rx_used: u16,
 }
 
@@ -276,8 +276,8 @@ impl Collector {
         matches!(self.state, State::Due(_))
     }
 
-    /// Takes the update that is due, where all packets of before it were handled: so many buffers of the receive queue,
-    /// modulo 2^16.
+    /// Takes the update that is due, where all packets of before it were handled: those up to a place in the receive queue, as
+    /// [`UsedPlace::to_wire`](super::ring::UsedPlace::to_wire) gives it.
     pub fn take_due(&mut self, rx_handled: u16) -> Due {
         match self.state {
             State::Due(update) if update.rx_used == rx_handled => {

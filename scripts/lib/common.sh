@@ -88,7 +88,9 @@ explain_failure() {
     elif grep -qiE 'release file for .* is expired' "$log"; then
         die "the mirror's package lists of $SUITE have expired: $description" \
             "a mirror that is kept up to date: MIRROR=<url> make ..."
-    elif grep -qiE '404 +not found|does not have a release file|hash sum mismatch' "$log"; then
+    elif grep -qiE 'does not have a release file' "$log"; then
+        die "the mirror has no suite $SUITE: $description" "another SUITE=, or another mirror: MIRROR=<url> make ..."
+    elif grep -qiE '404 +not found|hash sum mismatch' "$log"; then
         die "the mirror does not have what its lists promise: $description" \
             "'make update' takes the newest kernel and package lists, then run the same command again; another mirror: MIRROR=<url> make ..."
     elif grep -qiE 'unable to locate package|has no installation candidate|unmet dependencies|version .* was not found' "$log"; then

@@ -7,6 +7,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result};
 use clap::Parser;
+use vsock_device::device::FEATURE_RING_PACKED;
 use vsock_device::update::FEATURE_CHECKPOINT;
 use vsock_device::{Device, DeviceConfig, Switch, HOST_CID, READY};
 
@@ -26,6 +27,9 @@ struct Arguments {
     /// Offer that connections go on after a migration (VIRTIO_VSOCK_F_CHECKPOINT).
     #[arg(long)]
     checkpoint: bool,
+    /// Offer packed rings (VIRTIO_F_RING_PACKED), which QEMU takes with `packed=on`.
+    #[arg(long)]
+    packed: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -74,6 +78,9 @@ fn main() -> Result<()> {
             config.host_cid = arguments.host_cid;
             if arguments.checkpoint {
                 config.features |= FEATURE_CHECKPOINT;
+            }
+            if arguments.packed {
+                config.features |= FEATURE_RING_PACKED;
             }
             Device::start(config, switch.clone())
         })

@@ -231,12 +231,12 @@ impl Layout for PackedRing<'_> {
     fn add_used(&self, buffer: &Buffer, len: u32) {
         let begin = begin_of(buffer, self.place(), self.size);
         self.write_used(begin, buffer.id, len);
-        self.state.used.fetch_add(1, Ordering::Relaxed);
         self.count_unsignalled(buffer.descriptors);
     }
 
     fn used(&self) -> u16 {
-        self.state.used.load(Ordering::Relaxed)
+        // It is where buffers are taken, too, once those that were taken are used.
+        self.place().to_bits()
     }
 
     fn forge_used(&self, id: u16, len: u32) {

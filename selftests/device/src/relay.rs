@@ -314,7 +314,8 @@ impl VhostUserBackendReqHandlerMut for Guest {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> VhostUserResult<()> {
-        let base = u16::try_from(base).map_err(|_| Error::InvalidParam)?;
+        // Of a packed ring there is another place in the upper half, which devices like ours do not need.
+        let base = base as u16;
         self.ring(index)?.base = base;
         self.tell(|device| device.set_vring_base(index as usize, base))
     }

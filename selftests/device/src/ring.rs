@@ -74,8 +74,6 @@ impl Buffer {
 /// What a device keeps for a ring besides what the vhost-user library does.
 #[derive(Default)]
 pub(crate) struct RingState {
-    /// Of a packed ring: buffers used since the driver began, modulo 2^16.
-    pub(crate) used: AtomicU16,
     /// Of a packed ring: descriptors used since it was last looked at whether the driver wants to know.
     pub(crate) unsignalled: AtomicU16,
 }
@@ -83,7 +81,6 @@ pub(crate) struct RingState {
 impl RingState {
     /// The driver begins.
     pub(crate) fn reset(&self) {
-        self.used.store(0, Ordering::Relaxed);
         self.unsignalled.store(0, Ordering::Relaxed);
     }
 }
@@ -99,7 +96,7 @@ pub(crate) trait Layout {
     /// Makes a buffer a used one, with so many bytes written.
     fn add_used(&self, buffer: &Buffer, len: u32);
 
-    /// Buffers used since the driver began, modulo 2^16.
+    /// The place behind the used buffers, as an update of CIDs has it.
     fn used(&self) -> u16;
 
     /// Makes the driver see a used buffer that no driver has made available.

@@ -107,7 +107,10 @@ impl Pending {
                 "{} ended with {answer:?} instead of blocking",
                 self.what
             )),
-            Err(_) => Ok(()),
+            Err(RecvTimeoutError::Timeout) => Ok(()),
+            Err(RecvTimeoutError::Disconnected) => {
+                Err(anyhow!("the machine went away during {}", self.what))
+            }
         }
     }
 }

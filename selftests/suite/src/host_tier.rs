@@ -14,7 +14,7 @@ mod throughput;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
@@ -110,8 +110,8 @@ pub fn list(env: &Env) -> Result<Vec<String>> {
     names.extend(
         [
             LIVE_MIGRATION,
-            GUEST_KERNEL_LOG,
             DRIVER_REMOVAL,
+            GUEST_KERNEL_LOG,
             HOST_KERNEL_LOG,
         ]
         .map(str::to_owned),
@@ -145,6 +145,8 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
     };
     let (mut host, mut guest) = boot()?;
     let mut boots = 1..BOOT_ATTEMPTS + options.repeat / RUNS_BETWEEN_FORCED_INTERRUPTS;
+    // What the kernels of machines that were given up had found.
+    let mut faults_of_lost: BTreeMap<&str, Vec<String>> = BTreeMap::new();
 
     for program in OTHER_PROGRAMS {
         for role in Role::BOTH {
@@ -179,6 +181,10 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
                 println!(
                     "note: TCG has given the guest an interrupt that was disabled; begun again"
                 );
+                for (name, console) in consoles(&host, &guest) {
+                    let faults = kernel_faults(&console, without_hang)?;
+                    faults_of_lost.entry(name).or_default().extend(faults);
+                }
                 drop((guest, host));
                 (host, guest) = boot()?;
             };
@@ -231,14 +237,15 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
         report(LIVE_MIGRATION, migrate(&mut host, &mut guest, options));
     }
 
-    let removal = remove_driver(&guest);
-    let logs = [
-        (GUEST_KERNEL_LOG, guest.console.clone()),
-        (HOST_KERNEL_LOG, host.machine.console.clone()),
-    ];
-    report(DRIVER_REMOVAL, removal);
-    for (name, console) in logs {
-        report(name, kernel_log(&console)?);
+    report(DRIVER_REMOVAL, remove_driver(&guest));
+    for (name, console) in consoles(&host, &guest) {
+        let mut faults = faults_of_lost.remove(name).unwrap_or_default();
+        faults.extend(kernel_faults(&console, |log| log)?);
+        let outcome = match faults.is_empty() {
+            true => Outcome::Passed,
+            false => Outcome::Failed(faults.join("\n")),
+        };
+        report(name, outcome);
     }
     drop(host);
     Ok(())
@@ -326,19 +333,33 @@ fn remove_driver(guest: &NestedGuest) -> Outcome {
     }
 }
 
-/// The verdict of a machine's kernel on what happened in it.
-fn kernel_log(console: &Path) -> Result<Outcome> {
+/// The consoles of the machines, each with the test that is the verdict of its kernel.
+fn consoles(host: &NestedHost, guest: &NestedGuest) -> [(&'static str, PathBuf); 2] {
+    [
+        (GUEST_KERNEL_LOG, guest.console.clone()),
+        (HOST_KERNEL_LOG, host.machine.console.clone()),
+    ]
+}
+
+/// What a machine's kernel has found wrong, in the part of its log that `part` takes.
+fn kernel_faults(console: &Path, part: fn(&str) -> &str) -> Result<Vec<String>> {
     let text = fs::read(console).with_context(|| format!("reading {}", console.display()))?;
-    let text = String::from_utf8_lossy(&text);
-    let faults = faults(&text);
-    if faults.is_empty() {
-        return Ok(Outcome::Passed);
+    let mut faults = faults(part(&String::from_utf8_lossy(&text)));
+    if !faults.is_empty() {
+        faults.push(format!("in {}", console.display()));
     }
-    Ok(Outcome::Failed(format!(
-        "{}\nin {}",
-        faults.join("\n"),
-        console.display()
-    )))
+    Ok(faults)
+}
+
+/// The log of before a processor hung: until others noticed, or the kernel was made to show where.
+fn without_hang(log: &str) -> &str {
+    const SIGNS: [&str; 3] = [
+        "rcu: INFO:",
+        "soft lockup",
+        "Kernel panic - not syncing: NMI",
+    ];
+    let hangs = SIGNS.iter().filter_map(|sign| log.find(sign)).min();
+    &log[..hangs.unwrap_or(log.len())]
 }
 
 #[cfg(test)]

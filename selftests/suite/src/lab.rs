@@ -9,7 +9,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -115,13 +115,14 @@ impl<'a> Lab<'a> {
             .collect()
     }
 
-    /// Asks the kernels of the machines that are still on for memory that nobody has a pointer to, where they know of it.
-    pub fn check_memory(&self) -> Result<()> {
+    /// That no machine has ended by itself. Asks the kernels of those that are on for memory that nobody has a pointer to, where
+    /// they know of it.
+    pub fn check_machines(&self) -> Result<()> {
         // Memory has to be so old before it counts, and checksums have to stay the same for a while.
         const SCRIPT: &str = "cd /sys/kernel/debug; [ -e kmemleak ] || exit 0
             sleep 6; echo scan >kmemleak; sleep 1; echo scan >kmemleak; cat kmemleak";
         for machine in self.machines() {
-            if machine.is_on()? {
+            if machine.expect_on()? {
                 let leaks = sh_ok(&machine.agent, SCRIPT, LIMIT)?;
                 ensure!(leaks.is_empty(), "kmemleak has found:\n{leaks}");
             }
@@ -131,7 +132,7 @@ impl<'a> Lab<'a> {
 
     /// Switches the machines off, of which the test needs no more; otherwise they are on until it has ended.
     pub fn end_machines(&self) -> Result<()> {
-        self.check_memory()?;
+        self.check_machines()?;
         for machine in self.machines() {
             machine.switch_off();
         }
@@ -293,7 +294,9 @@ impl<'a> Lab<'a> {
         guest.push(&config.socket);
         guest.push(",uds-path=");
         guest.push(&uds);
+        let is_packed = self.ring_features() & FEATURE_RING_PACKED != 0;
         let mut process = Command::new(&self.env.device)
+            .args(is_packed.then_some("--packed"))
             .arg("--checkpoint")
             .arg("--host-cid")
             .arg(host_cid.to_string())
@@ -848,7 +851,8 @@ impl<'a> Peer<'a> {
     pub fn expect_silence(&self) -> Result<()> {
         match self.packets.recv_timeout(A_WHILE) {
             Ok(packet) => bail!("the guest sent {packet:?} instead of nothing"),
-            Err(_) => Ok(()),
+            Err(RecvTimeoutError::Timeout) => Ok(()),
+            Err(RecvTimeoutError::Disconnected) => bail!("the device went away"),
         }
     }
 

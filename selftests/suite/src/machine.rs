@@ -5,6 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -294,6 +295,8 @@ pub enum Kind<'a> {
 /// A machine that runs. Dropping it switches it off.
 pub struct Machine {
     qemu: Mutex<Child>,
+    /// Whether somebody has switched it off, or waited for it to switch itself off.
+    may_be_off: AtomicBool,
     pub agent: Agent,
     pub console: PathBuf,
     dir: PathBuf,
@@ -309,6 +312,7 @@ impl Drop for Machine {
 impl Machine {
     /// Switches the machine off, as a power cut does.
     pub fn switch_off(&self) {
+        self.may_be_off.store(true, Ordering::Relaxed);
         let mut qemu = crate::lock(&self.qemu);
         let _ = qemu.kill();
         let _ = qemu.wait();
@@ -408,6 +412,7 @@ impl Machine {
         match Self::wait_for_agent(&mut qemu, &socket, &console, hardware.agent_on_serial_port) {
             Ok(agent) => Ok(Self {
                 qemu: Mutex::new(qemu),
+                may_be_off: AtomicBool::new(false),
                 agent,
                 console,
                 dir: dir.to_owned(),
@@ -480,14 +485,26 @@ impl Machine {
         read_log(&self.console)
     }
 
-    /// Whether the machine was not switched off yet.
-    pub fn is_on(&self) -> Result<bool> {
+    /// Whether QEMU runs yet.
+    fn is_on(&self) -> Result<bool> {
         let ended = crate::lock(&self.qemu).try_wait();
         Ok(ended.context("waiting for QEMU")?.is_none())
     }
 
+    /// That the machine is on, unless it was switched off; returns whether it is.
+    pub fn expect_on(&self) -> Result<bool> {
+        let is_on = self.is_on()?;
+        ensure!(
+            is_on || self.may_be_off.load(Ordering::Relaxed),
+            "{} has ended by itself",
+            self.name
+        );
+        Ok(is_on)
+    }
+
     /// Waits until the machine has switched itself off.
     pub fn wait_off(&self, limit: Duration) -> Result<()> {
+        self.may_be_off.store(true, Ordering::Relaxed);
         let end = Instant::now() + limit;
         while self.is_on()? {
             let waited = limit.as_secs();

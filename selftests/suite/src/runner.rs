@@ -99,7 +99,7 @@ fn run_one(env: &Env, driver: Driver, test: &Test, reporter: &Reporter) {
     };
     let result = catch_unwind(AssertUnwindSafe(|| (test.run)(&lab)))
         .unwrap_or_else(|panic| Err(anyhow!("the test panicked: {}", panic_text(&*panic))))
-        .and_then(|()| lab.check_memory())
+        .and_then(|()| lab.check_machines())
         .and_then(|()| check_logs(&lab));
     match result {
         Ok(()) => {

@@ -113,6 +113,7 @@ tests_on_packed_rings! {
     stream: over_the_bridge, between_guests, many_connections;
     reset: new_cid, request_before_event;
     checkpoint: packets_before_and_after, behind_a_flood, again_and_again;
+    migration: traffic_goes_on;
     sharing: fairness;
     hardware: ring_sizes, without_ring_features, platform_dma, full_bounce_pool, mmio;
     lifecycle: unbind_in_a_loop, hotplug, suspend;
