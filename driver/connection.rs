@@ -294,6 +294,7 @@ impl Connection {
             state.receive = ReceiveCredit::new(buf_alloc);
             state.shutdown_sent = 0;
         }
+        self.guest_cid.store(Address::CID_ANY, Relaxed);
         self.untold_readers.store(0, Relaxed);
         self.is_finished.store(false, Relaxed);
         self.reset.store(ResetState::No as u32, Relaxed);

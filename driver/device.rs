@@ -141,6 +141,7 @@ impl VsockDriver {
         self.tx.start(tx, self.into());
         self.rx_handled.store(rx.place().into(), Relaxed);
         self.update_waits.store(false, Relaxed);
+        self.is_flooded.store(false, Relaxed);
         self.set_guest_cid(Some(cid));
         self.let_bound_sockets_follow(cid);
         *self.events.lock() = Some(events);

@@ -124,7 +124,7 @@ impl VsockDriver {
         let rx = self.rx.lock();
         let has_updates = (*rx).as_ref().is_some_and(RxQueue::has_updates);
         if has_updates && self.tx.park_if_congested() {
-            // The device takes no answers, and an update may have many. resume() lets this go on.
+            // The device takes no answers, and an update may have many. process_tx() lets this go on.
             return;
         }
         self.handle_events();

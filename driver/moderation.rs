@@ -8,6 +8,9 @@
 //! sends meanwhile waits too, and goes to the device in one batch, with one notification. A task that connects, closes,
 //! receives from a stream or polls in vain is a sender no more, and realtime tasks never are: the work may have no turn beside
 //! them.
+//!
+//! Nor does work go before programs while packets come faster than the guest receives them (`VsockDriver::is_flooded`): these get
+//! their part of the CPU whatever the peer does.
 
 use super::{queue_work, queue_work_in_turn, work, VsockDriver};
 use crate::af_vsock_glue::workqueue::{current_is_realtime, jiffies};
@@ -125,6 +128,10 @@ impl VsockDriver {
     where
         Self: WorkItem<ID, Pointer = Arc<Self>> + HasWork<Self, ID>,
     {
+        if self.is_flooded.load(Relaxed) {
+            queue_work_in_turn::<ID>(self.clone());
+            return;
+        }
         if !self.moderation.is_busy_sender() {
             queue_work::<ID>(self.clone());
             return;

@@ -77,7 +77,10 @@ impl Transport for VsockDriver {
         if connection.reset_state() != ResetState::No || connection.is_finished() {
             // On Linux 7.2, connect() fails and can be called again where the connection was made and has ended before the caller
             // got the CPU.
-            self.cancel_waiting(&connection);
+            if !connection.is_finished() {
+                // Who has reset it may not have come to this yet. (Of a finished one an RST may wait, which goes first.)
+                self.cancel_waiting(&connection);
+            }
             connection.begin_anew(u32::try_from(socket.buffer_size())?);
             socket.begin_anew();
         }

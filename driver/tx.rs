@@ -59,6 +59,8 @@ pub(crate) struct Outgoing {
     counted: Counted,
     /// Whether it answers a packet of the device.
     is_reply: bool,
+    /// Whether applications get a completion of it, for MSG_ZEROCOPY.
+    completes: bool,
     /// Whether captures and tracepoints have been shown the packet.
     is_shown: bool,
 }
@@ -80,6 +82,7 @@ impl Outgoing {
             connection: None,
             counted: Counted::Nothing,
             is_reply: true,
+            completes: false,
             is_shown: false,
         }
     }
@@ -89,16 +92,18 @@ impl Outgoing {
             connection: Some(connection.into()),
             counted: Counted::Nothing,
             is_reply,
+            completes: false,
             is_shown: false,
         }
     }
 
-    fn payload(connection: ArcBorrow<'_, Connection>, len: u32) -> Self {
+    fn payload(connection: ArcBorrow<'_, Connection>, len: u32, completes: bool) -> Self {
         connection.add_unsent(len);
         Self {
             connection: Some(connection.into()),
             counted: Counted::Payload(len),
             is_reply: false,
+            completes,
             is_shown: false,
         }
     }
@@ -109,6 +114,7 @@ impl Outgoing {
             connection: Some(connection.into()),
             counted: Counted::CreditUpdate,
             is_reply,
+            completes: false,
             is_shown: false,
         }
     }
@@ -132,6 +138,14 @@ impl Outgoing {
             Counted::Payload(len) => len as usize,
             _ => 0,
         }
+    }
+}
+
+/// Frees packets that have served their purpose. No lock may be held: freeing calls back into sockets. Sleeps.
+fn consume_all(mut packets: SkBuffQueue<Outgoing>) {
+    while let Some(packet) = packets.pop_front() {
+        packet.consume();
+        cond_resched();
     }
 }
 
@@ -167,10 +181,10 @@ pub(crate) struct Tx {
 
 /// When the transmit virtqueue is to be looked at again.
 enum Next {
-    /// When the device interrupts, or something is sent.
-    Never,
-    /// Now: the device has used more.
-    Again,
+    /// When the device interrupts, something is sent, or the work has its turn.
+    Later,
+    /// The device has used more already.
+    Now,
     /// When there may be memory.
     WithMemory,
 }
@@ -184,11 +198,11 @@ pub(crate) struct TxState {
     parked: bool,
     /// How many packets went to the backlog though there may have been room, since it was emptied as far as that.
     batched: u32,
-    /// Packets that the device has used, for who frees them.
-    used: SkBuffQueue<Outgoing>,
-    /// Whether somebody frees packets. The work, which both workqueues may run at a time, does that in one place: so completions
-    /// of MSG_ZEROCOPY keep their order.
-    is_freeing: bool,
+    /// Packets that the device has used and that applications get a completion of.
+    completing: SkBuffQueue<Outgoing>,
+    /// Whether somebody frees such packets. Both workqueues may run the work at a time, and so only one of them does: completions
+    /// keep their order.
+    is_completing: bool,
 }
 
 /// The transmit virtqueue of a device.
@@ -287,18 +301,26 @@ impl TxState {
         }
     }
 
-    /// Takes what the device has used, where nobody frees packets yet. [`Self::go_on_freeing`] has to follow unless it is nothing.
-    fn begin_freeing(&mut self) -> SkBuffQueue<Outgoing> {
-        match self.is_freeing {
+    /// Whether the receiver has stopped and can go on. It is told once. `replies_wait` is [`Tx`]'s.
+    fn unpark(&mut self, replies_wait: &Atomic<bool>) -> bool {
+        let waiting = self.waiting_replies();
+        replies_wait.store(waiting > 0, Relaxed);
+        waiting < MAX_WAITING_REPLIES && core::mem::take(&mut self.parked)
+    }
+
+    /// Takes used packets with completions, where nobody frees such yet. [`Self::go_on_completing`] has to follow, unless it is
+    /// none.
+    fn begin_completing(&mut self) -> SkBuffQueue<Outgoing> {
+        match self.is_completing {
             true => SkBuffQueue::new(),
-            false => self.go_on_freeing(),
+            false => self.go_on_completing(),
         }
     }
 
-    /// Takes what the device has used since; where it is nothing, the next one who finds some frees that.
-    fn go_on_freeing(&mut self) -> SkBuffQueue<Outgoing> {
-        self.is_freeing = !self.used.is_empty();
-        self.used.take()
+    /// Takes those that there are since; where it is none, the next one who finds some frees them.
+    fn go_on_completing(&mut self) -> SkBuffQueue<Outgoing> {
+        self.is_completing = !self.completing.is_empty();
+        self.completing.take()
     }
 
     /// Takes what waits for the work item to the device, and what was to wait for room before that.
@@ -340,8 +362,8 @@ impl Tx {
                 backlog: Backlog::new(),
                 parked: false,
                 batched: 0,
-                used: SkBuffQueue::new(),
-                is_freeing: false,
+                completing: SkBuffQueue::new(),
+                is_completing: false,
             }, "virtio_vsock_rs_tx"),
             replies_wait: Atomic::new(false),
             longest_payload: Atomic::new(MAX_PAYLOAD),
@@ -405,7 +427,7 @@ impl Tx {
     }
 
     /// Whether so many answers wait that no more packets and updates should be received. Whoever is told so stops
-    /// receiving, and [`VsockDriver::resume`] lets it go on. Needs the rx mutex; may sleep.
+    /// receiving, and [`VsockDriver::process_tx`] lets it go on. Needs the rx mutex; may sleep.
     pub(crate) fn park_if_congested(&self) -> bool {
         // Answers are given by who asks here, so it knows of its own; this spares every packet the lock.
         if !self.replies_wait.load(Relaxed) {
@@ -416,14 +438,6 @@ impl Tx {
         // Packets and events ask by turns: who may go on now says nothing of the other, who may have stopped before.
         state.parked |= is_congested;
         is_congested
-    }
-
-    /// Whether the receiver has stopped and can go on. It is told once.
-    fn unpark(&self) -> bool {
-        let mut state = self.state.lock();
-        let waiting = state.waiting_replies();
-        self.replies_wait.store(waiting > 0, Relaxed);
-        waiting < MAX_WAITING_REPLIES && core::mem::take(&mut state.parked)
     }
 }
 
@@ -576,7 +590,8 @@ impl VsockDriver {
         let header = self
             .header(socket, &connection, Op::Rw, flags, len)?
             .to_bytes();
-        let control = || Outgoing::payload(connection, len);
+        let completes = zero_copy.is_some();
+        let control = || Outgoing::payload(connection, len, completes);
         if from_pages {
             let payload = Payload::Pages(message, len as usize);
             match SkBuff::outgoing(
@@ -708,79 +723,85 @@ impl VsockDriver {
     pub(super) fn process_tx(self: &Arc<Self>) {
         self.moderation.note_turn();
         let mut budget = BUDGET;
-        let next = loop {
-            let (used, next) = self.turn_tx_over(&mut budget);
-            self.free_used(used);
+        loop {
+            let (used, completing, next) = self.turn_tx_over(&mut budget);
+            consume_all(used);
+            self.complete(completing);
             match next {
-                Next::Again if budget > 0 => cond_resched(),
-                next => break next,
+                Next::Later => return,
+                Next::Now => cond_resched(),
+                Next::WithMemory => {
+                    return queue_work_without_memory::<{ work::TX }>(self.clone());
+                }
             }
-        };
-        self.resume();
-        match next {
-            Next::Never => {}
-            Next::Again => queue_work_in_turn::<{ work::TX }>(self.clone()),
-            Next::WithMemory => queue_work_without_memory::<{ work::TX }>(self.clone()),
         }
     }
 
-    /// Takes what the device has used out of its queue, and fills that from what waits. Gives the former, to be freed, takes it off
-    /// the budget, and says when to do so again. Sleeps.
-    fn turn_tx_over(self: &Arc<Self>, budget: &mut usize) -> (SkBuffQueue<Outgoing>, Next) {
+    /// Takes what the device has used out of its queue and off the budget, fills that queue from what waits, and lets the receiver
+    /// go on where it has stopped and few enough answers wait. Gives what is to be freed, by [`consume_all`] and by
+    /// [`Self::complete`]. Sleeps.
+    fn turn_tx_over(
+        self: &Arc<Self>,
+        budget: &mut usize,
+    ) -> (SkBuffQueue<Outgoing>, SkBuffQueue<Outgoing>, Next) {
+        let mut used = SkBuffQueue::new();
         let mut guard = self.tx.state.lock();
         let state = &mut *guard;
         let Some(device) = &mut state.device else {
-            return (SkBuffQueue::new(), Next::Never);
+            return (used, SkBuffQueue::new(), Next::Later);
         };
         device.queue.disable_interrupts();
         while let Some(packet) = device.pop_sent() {
-            state.used.push_back(packet);
             *budget = budget.saturating_sub(1);
+            match packet.control().completes {
+                true => state.completing.push_back(packet),
+                false => used.push_back(packet),
+            }
         }
         let sender = (state.batched > 0).then(|| self.moderation.begin_batch());
         state.push_from_backlog();
         let something_waits = !state.nothing_waits();
         let next = match &mut state.device {
-            None => Next::Never,
+            None => Next::Later,
             Some(device) if device.queue.is_broken() => {
                 queue_work::<{ work::DEVICE }>(self.clone());
                 // Nothing that waits will be taken any more; what is sent from now on fails.
                 let lost = state.take_all_waiting();
                 self.statistics.dropped_tx.add(lost.len());
-                state.used.append(lost);
-                Next::Never
+                used.append(lost);
+                Next::Later
             }
             Some(device) => match device.queue.enable_interrupts() {
-                false => Next::Again,
+                false if *budget > 0 => Next::Now,
+                false => {
+                    // With the device here, as below: whoever takes that away waits for the work afterwards.
+                    queue_work_in_turn::<{ work::TX }>(self.clone());
+                    Next::Later
+                }
                 // There was no memory to map even one packet, and no interrupt will come.
                 true if device.in_flight == 0 && something_waits => Next::WithMemory,
-                true => Next::Never,
+                true => Next::Later,
             },
         };
-        let used = state.begin_freeing();
+        if state.unpark(&self.tx.replies_wait) {
+            // It has had many packets to answer already, and programs are to have the CPU, too.
+            queue_work_in_turn::<{ work::RX }>(self.clone());
+            queue_work_in_turn::<{ work::EVENTS }>(self.clone());
+        }
+        let completing = state.begin_completing();
         drop(guard);
         if let Some(sender) = sender {
             self.moderation.end_batch(sender);
         }
-        (used, next)
+        (used, completing, next)
     }
 
-    /// Frees packets, and those that others find used meanwhile. No lock may be held: freeing calls back into sockets. Sleeps.
-    fn free_used(&self, mut used: SkBuffQueue<Outgoing>) {
-        while !used.is_empty() {
-            while let Some(packet) = used.pop_front() {
-                packet.consume();
-                cond_resched();
-            }
-            used = self.tx.state.lock().go_on_freeing();
-        }
-    }
-
-    /// Lets the receiver go on, where it has stopped and few enough answers wait.
-    fn resume(self: &Arc<Self>) {
-        if self.tx.unpark() {
-            queue_work::<{ work::RX }>(self.clone());
-            queue_work::<{ work::EVENTS }>(self.clone());
+    /// Frees packets that applications get a completion of, and those that others find used meanwhile. No lock may be held:
+    /// freeing calls back into sockets. Sleeps.
+    fn complete(&self, mut completing: SkBuffQueue<Outgoing>) {
+        while !completing.is_empty() {
+            consume_all(completing);
+            completing = self.tx.state.lock().go_on_completing();
         }
     }
 

@@ -80,7 +80,7 @@ impl Update {
     }
 }
 
-/// Notes in a part how many buffers of the receive queue were used before the update, modulo 2^16.
+/// Notes in a part how far the receive queue was used before the update.
 pub(crate) fn set_rx_used(event: &mut [u8], rx_used: u16) {
     if let Some(field) = event.get_mut(RX_USED_AT..RX_USED_AT + 2) {
         field.copy_from_slice(&rx_used.to_le_bytes());

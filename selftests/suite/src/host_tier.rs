@@ -358,13 +358,14 @@ fn without_hang(log: &str) -> &str {
         "soft lockup",
         "Kernel panic - not syncing: NMI",
     ];
-    let hangs = SIGNS.iter().filter_map(|sign| log.find(sign)).min();
-    &log[..hangs.unwrap_or(log.len())]
+    let is_sign = |line: &&str| SIGNS.iter().any(|sign| line.contains(sign));
+    let before = log.split_inclusive('\n').take_while(|line| !is_sign(line));
+    &log[..before.map(str::len).sum()]
 }
 
 #[cfg(test)]
 mod tests {
-    use super::has_forced_interrupt;
+    use super::{has_forced_interrupt, without_hang};
 
     const FORCED: &str = "
         [  781.531674]  <NMI>
@@ -389,5 +390,18 @@ mod tests {
             &FORCED.replace("native_queued_spin_lock_slowpath", "memcpy")
         ));
         assert!(!has_forced_interrupt("a kernel that said nothing"));
+    }
+
+    #[test]
+    fn what_a_kernel_said_before_it_hung_counts() {
+        for sign in [
+            "watchdog: BUG: soft lockup - CPU#1 stuck for 26s!",
+            "rcu: INFO: rcu_sched detected stalls on CPUs/tasks:",
+            "Kernel panic - not syncing: NMI: Not continuing",
+        ] {
+            let log = format!("[ 1.0] WARNING: bad lock\n[ 2.0] {sign}\n[ 2.1] Call Trace:\n");
+            assert_eq!(without_hang(&log), "[ 1.0] WARNING: bad lock\n");
+        }
+        assert_eq!(without_hang("nothing\nhangs"), "nothing\nhangs");
     }
 }

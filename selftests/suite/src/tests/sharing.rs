@@ -2,13 +2,13 @@
 
 //! Connections share a device and the guest's memory: none of them takes more than its part.
 
-use anyhow::{ensure, Context, Result};
+use anyhow::{bail, ensure, Context, Result};
 use serde_json::json;
 use vsock_device::packet::{SEQ_EOM, TYPE_SEQPACKET};
 use vsock_device::{Op, Packet};
 
 use crate::lab::{expect_eq, wait_for, Guest, Lab, Peer, CID_ANY, LIMIT, PORT, SEQPACKET, STREAM};
-use crate::machine::DEFAULT_RING;
+use crate::machine::{Hardware, DEFAULT_RING};
 
 /// A connection with thousands of small packets that wait does not keep another one waiting for all of them.
 pub fn fairness(lab: &Lab) -> Result<()> {
@@ -148,4 +148,56 @@ pub fn memory_of_small_packets(lab: &Lab) -> Result<()> {
         lab.end_machines()?;
     }
     Ok(())
+}
+
+/// A host that asks for connections to a closed port, faster than they can be refused, leaves a program its part of the CPU.
+pub fn cpu_in_a_flood(lab: &Lab) -> Result<()> {
+    const REQUESTS: u32 = 20_000;
+    let guest = lab.guest_on(&Hardware {
+        kernel_parameters: "maxcpus=1",
+        ..Hardware::default()
+    })?;
+    let mut peer = Peer::watch(&guest);
+    let _busy = guest.start("sh", json!({"script": "while :; do :; done"}));
+    let before = CpuTime::of(&guest)?;
+    for host_port in 1..=REQUESTS {
+        peer.set_ports(host_port, PORT);
+        peer.send(Op::REQUEST);
+    }
+    for _ in 0..REQUESTS {
+        peer.expect(Op::RST)?;
+    }
+    let after = CpuTime::of(&guest)?;
+    let programs = after.programs - before.programs;
+    let kernel = after.kernel - before.kernel;
+    ensure!(
+        programs >= kernel / 3,
+        "while the kernel had {kernel} ticks of the CPU, a program that never sleeps had {programs}"
+    );
+    Ok(())
+}
+
+/// Who has had the CPU since the guest has started, in ticks.
+struct CpuTime {
+    programs: u64,
+    /// Interrupts included.
+    kernel: u64,
+}
+
+impl CpuTime {
+    fn of(guest: &Guest) -> Result<Self> {
+        let stat = guest.sh("head -n 1 /proc/stat")?;
+        let ticks: Vec<u64> = stat
+            .split_whitespace()
+            .skip(1)
+            .map(str::parse)
+            .collect::<Result<_, _>>()?;
+        let [user, nice, system, _idle, _iowait, irq, softirq, ..] = ticks[..] else {
+            bail!("{stat:?} has too few numbers");
+        };
+        Ok(Self {
+            programs: user + nice,
+            kernel: system + irq + softirq,
+        })
+    }
 }
