@@ -149,7 +149,8 @@ impl super::tx::TxState {
         None
     }
 
-    /// Gives requests that wait the guest's present CID. They are the first of their connections.
+    /// Gives requests that wait the guest's present CID. They are the first of their connections (on Linux 7.2 an RST of the one
+    /// before may be first).
     pub(crate) fn readdress_requests(&mut self, guest_cid: Cid) {
         self.backlog.turns.for_each_mut(|packet| {
             let Some(bytes) = packet.front_mut() else {

@@ -82,7 +82,7 @@ impl Driver for VsockDriver {
         match queue {
             queue::RX => Arc::from(this).queue_moderated_work::<{ work::RX }>(),
             queue::TX => Arc::from(this).queue_moderated_work::<{ work::TX }>(),
-            queue::EVENT => queue_work::<{ work::EVENTS }>(this.into()),
+            queue::EVENT => Arc::from(this).queue_work_unless_flooded::<{ work::EVENTS }>(),
             _ => {}
         }
     }
@@ -141,7 +141,6 @@ impl VsockDriver {
         self.tx.start(tx, self.into());
         self.rx_handled.store(rx.place().into(), Relaxed);
         self.update_waits.store(false, Relaxed);
-        self.is_flooded.store(false, Relaxed);
         self.set_guest_cid(Some(cid));
         self.let_bound_sockets_follow(cid);
         *self.events.lock() = Some(events);

@@ -199,6 +199,7 @@ impl VsockDriver {
                 }
                 budget -= 1;
                 if budget == 0 {
+                    self.moderation.note_flood();
                     queue_work_in_turn::<{ work::EVENTS }>(self.clone());
                     return;
                 }

@@ -78,8 +78,6 @@ pub(crate) struct VsockDriver {
     rx: Mutex<Option<rx::RxQueue>>,
     /// The place in the receive queue up to which packets were handled, as updates of CIDs say it. Changed with the rx mutex.
     rx_handled: Atomic<u32>,
-    /// Whether packets come faster than they are received: then all work has its turn among programs. Changed with the rx mutex.
-    is_flooded: Atomic<bool>,
     /// How many transport resets there were, refused updates among them, modulo 2^32. Changed with the rx mutex.
     resets: Atomic<u32>,
     /// How many migrations there were. Changed with the events mutex.
@@ -163,7 +161,6 @@ impl VsockDriver {
                 device <- new_mutex!(device::DeviceState::default(), "virtio_vsock_rs_device"),
                 rx <- new_mutex!(None, "virtio_vsock_rs_rx"),
                 rx_handled: Atomic::new(0),
-                is_flooded: Atomic::new(false),
                 resets: Atomic::new(0),
                 migrations: Atomic::new(0),
                 update_waits: Atomic::new(false),

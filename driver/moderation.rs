@@ -9,8 +9,7 @@
 //! receives from a stream or polls in vain is a sender no more, and realtime tasks never are: the work may have no turn beside
 //! them.
 //!
-//! Nor does work go before programs while packets come faster than the guest receives them (`VsockDriver::is_flooded`): these get
-//! their part of the CPU whatever the peer does.
+//! Nor does work go before programs while the device sends faster than the guest receives: programs get their part of the CPU then.
 
 use super::{queue_work, queue_work_in_turn, work, VsockDriver};
 use crate::af_vsock_glue::workqueue::{current_is_realtime, jiffies};
@@ -38,6 +37,9 @@ const LONGEST_SMALL_PAYLOAD: usize = 1024;
 /// For how long after its last packet a task counts as the sender, in milliseconds: then it does something else.
 const SENDER_TIMEOUT_MS: u32 = 10;
 
+/// For how long the device counts as one that sends faster than the guest receives, since that was so, in milliseconds.
+const FLOOD_TIMEOUT_MS: u32 = 10;
+
 /// What is known of senders and of work that waits for its turn, for the guest as a whole. It may be out of date: then
 /// packets go in smaller batches, or work waits for a turn, or does not.
 pub(crate) struct Moderation {
@@ -47,6 +49,8 @@ pub(crate) struct Moderation {
     sent_at: Atomic<usize>,
     /// The CPU on which work waits for its turn.
     busy_cpu: Atomic<u32>,
+    /// When the device has last sent faster than the guest receives, in jiffies.
+    flooded_at: Atomic<usize>,
 }
 
 impl Moderation {
@@ -56,6 +60,7 @@ impl Moderation {
             sender: Atomic::new(NO_TASK),
             sent_at: Atomic::new(0),
             busy_cpu: Atomic::new(NO_CPU),
+            flooded_at: Atomic::new(0),
         }
     }
 
@@ -66,10 +71,17 @@ impl Moderation {
 
     /// Whether the current task is busy sending: the sender, which is no realtime task meanwhile and sends still.
     fn is_busy_sender(&self) -> bool {
-        let since_sent = || jiffies().wrapping_sub(self.sent_at.load(Relaxed));
-        self.is_sender()
-            && since_sent() <= msecs_to_jiffies(SENDER_TIMEOUT_MS)
-            && !current_is_realtime()
+        self.is_sender() && is_within(SENDER_TIMEOUT_MS, &self.sent_at) && !current_is_realtime()
+    }
+
+    /// Notes that the work of a queue has found much to do and more to come.
+    pub(super) fn note_flood(&self) {
+        self.flooded_at.store(jiffies(), Relaxed);
+    }
+
+    /// Whether the device sends faster than the guest receives.
+    fn is_flooded(&self) -> bool {
+        is_within(FLOOD_TIMEOUT_MS, &self.flooded_at)
     }
 
     /// Notes that the current task sends so many bytes of payload. Whether these had better wait, because work does that
@@ -121,20 +133,31 @@ impl Moderation {
     }
 }
 
+/// Whether so many milliseconds have not passed since a time in jiffies.
+fn is_within(milliseconds: u32, since: &Atomic<usize>) -> bool {
+    jiffies().wrapping_sub(since.load(Relaxed)) <= msecs_to_jiffies(milliseconds)
+}
+
 impl VsockDriver {
-    /// Lets the work of a queue run for which the device has interrupted the current task. Hard interrupt
-    /// context; with PREEMPT_RT a thread's, so that all work runs at once.
+    /// Lets the work of a queue run for which the device has interrupted. Callable in any context.
+    pub(super) fn queue_work_unless_flooded<const ID: u64>(self: &Arc<Self>)
+    where
+        Self: WorkItem<ID, Pointer = Arc<Self>> + HasWork<Self, ID>,
+    {
+        match self.moderation.is_flooded() {
+            true => queue_work_in_turn::<ID>(self.clone()),
+            false => queue_work::<ID>(self.clone()),
+        }
+    }
+
+    /// The same, with regard to the task that was interrupted. Hard interrupt context; with PREEMPT_RT a thread's, which is no
+    /// sender.
     pub(super) fn queue_moderated_work<const ID: u64>(self: &Arc<Self>)
     where
         Self: WorkItem<ID, Pointer = Arc<Self>> + HasWork<Self, ID>,
     {
-        if self.is_flooded.load(Relaxed) {
-            queue_work_in_turn::<ID>(self.clone());
-            return;
-        }
         if !self.moderation.is_busy_sender() {
-            queue_work::<ID>(self.clone());
-            return;
+            return self.queue_work_unless_flooded::<ID>();
         }
         let cpu = CpuId::current().as_u32();
         self.moderation.busy_cpu.store(cpu, Relaxed);

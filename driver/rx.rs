@@ -152,12 +152,12 @@ impl VsockDriver {
                 }
                 if self.tx.park_if_congested() {
                     // The device takes no answers. process_tx() lets this go on once it does.
-                    self.is_flooded.store(true, Relaxed);
+                    self.moderation.note_flood();
                     rx.fill_if_low();
                     return;
                 }
                 if budget == 0 {
-                    self.is_flooded.store(true, Relaxed);
+                    self.moderation.note_flood();
                     rx.fill_if_low();
                     queue_work_in_turn::<{ work::RX }>(self.clone());
                     return;
@@ -188,7 +188,6 @@ impl VsockDriver {
             }
             cond_resched();
         }
-        self.is_flooded.store(false, Relaxed);
         if rx.is_broken() {
             queue_work::<{ work::DEVICE }>(self.clone());
             return;

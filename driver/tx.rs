@@ -725,8 +725,8 @@ impl VsockDriver {
         let mut budget = BUDGET;
         loop {
             let (used, completing, next) = self.turn_tx_over(&mut budget);
-            consume_all(used);
             self.complete(completing);
+            consume_all(used);
             match next {
                 Next::Later => return,
                 Next::Now => cond_resched(),
@@ -768,13 +768,13 @@ impl VsockDriver {
                 // Nothing that waits will be taken any more; what is sent from now on fails.
                 let lost = state.take_all_waiting();
                 self.statistics.dropped_tx.add(lost.len());
-                used.append(lost);
+                state.completing.append(lost);
                 Next::Later
             }
             Some(device) => match device.queue.enable_interrupts() {
                 false if *budget > 0 => Next::Now,
                 false => {
-                    // With the device here, as below: whoever takes that away waits for the work afterwards.
+                    // With the device here, as below: nothing is queued there once that was taken away for the last time.
                     queue_work_in_turn::<{ work::TX }>(self.clone());
                     Next::Later
                 }
