@@ -456,9 +456,9 @@ pub(crate) fn is_shutting_down() -> bool {
 
 /// A virtqueue of socket buffers with control block `C`.
 ///
-/// A buffer in the queue is the queue's; it comes back by `pop_sent()` or `pop_received()`, by its [direction](Control). What is still there when the
-/// queue is dropped is freed, after the device was reset: so a driver takes all queues of a device out of use
-/// before it drops the first. Dropping may sleep.
+/// A buffer in the queue is the queue's; it comes back by `pop_sent()` or `pop_received()`, by its [direction](Control).
+/// What is still there when the queue is dropped is freed, after the device was reset: so a driver takes all queues of a
+/// device out of use before it drops the first. Dropping may sleep.
 ///
 /// # Invariants
 ///
