@@ -59,7 +59,7 @@ impl kernel::InPlaceModule for VsockModule {
                 // Where a later line fails, these go in the reverse order: the same as otherwise.
                 _work_at_once: Drained::new(work_at_once),
                 _work_in_turn: Drained::new(work_in_turn),
-                _debugfs <- DebugFs::new(statistics),
+                _debugfs <- DebugFs::new(statistics, driver.clone()),
                 // First, because nothing may fail once sockets can be given to the transport.
                 _device_driver <- virtio::Registration::new(
                     c"virtio_vsock_rs",

@@ -219,6 +219,16 @@ void vsock_glue_set_receiver(struct sk_buff *skb, struct sock *sk)
 	skb_set_owner_r(skb, sk);
 }
 
+/* What sock_rfree() takes off again. */
+void vsock_glue_charge_more(struct sk_buff *skb, int size)
+{
+	skb->truesize += size;
+	if (skb->sk) {
+		atomic_add(size, &skb->sk->sk_rmem_alloc);
+		sk_mem_charge(skb->sk, size);
+	}
+}
+
 void vsock_glue_orphan(struct sk_buff *skb)
 {
 	skb_orphan(skb);

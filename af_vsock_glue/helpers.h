@@ -81,6 +81,7 @@ unsigned int vsock_glue_page_sized(void);
 unsigned int vsock_glue_tailroom(const struct sk_buff *skb);
 void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk);
 void vsock_glue_set_receiver(struct sk_buff *skb, struct sock *sk);
+void vsock_glue_charge_more(struct sk_buff *skb, int size);
 void vsock_glue_orphan(struct sk_buff *skb);
 void vsock_glue_zcopy_set(struct sk_buff *skb, struct ubuf_info *uarg);
 void vsock_glue_zcopy_set_copied(struct ubuf_info *uarg);

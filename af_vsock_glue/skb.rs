@@ -431,6 +431,14 @@ impl<C: Control<Direction = FromDevice>> SkBuff<C> {
         unsafe { bindings::vsock_glue_set_receiver(self.as_raw(), socket.as_sock()) }
     }
 
+    /// Counts `size` more bytes as memory that the buffer takes, and charges them as the buffer itself is. Callable in atomic context.
+    pub(crate) fn charge_more(&mut self, size: usize) {
+        // Nothing that belongs to a buffer is longer.
+        let size = size.min(c_int::MAX as usize) as c_int;
+        // SAFETY: The buffer is valid and nobody else's; the socket that it is charged to lives as long as the charge.
+        unsafe { bindings::vsock_glue_charge_more(self.as_raw(), size) }
+    }
+
     /// Ends the charge of the buffer's memory to a socket.
     pub(crate) fn discharge(&mut self) {
         // SAFETY: The buffer is valid and nobody else's.

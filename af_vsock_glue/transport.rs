@@ -128,8 +128,8 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
         len: usize,
     ) -> Result<usize>;
 
-    /// Sends up to `len` bytes, which are all that is left of a message of a seqpacket socket. Returns how
-    /// many; 0 where the peer has no room. EMSGSIZE where it never will have.
+    /// Sends a message of a seqpacket socket, of `len` bytes. Returns `len`, or 0 where the peer has no room for all of it; then
+    /// [`Self::room_to_send`] is 0 until it has. EMSGSIZE where it never will have.
     fn send_message(
         self: ArcBorrow<'_, Self>,
         socket: &LockedSocket<'_>,
@@ -147,7 +147,10 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     /// Bytes that can be received. May be called without the lock.
     fn readable(connection: &Self::Connection) -> usize;
 
-    /// Bytes that can be sent. May be called without the lock.
+    /// Bytes that can be sent: a writer asks, who waits while it is 0.
+    fn room_to_send(&self, connection: &Self::Connection) -> usize;
+
+    /// The same, for poll(). May be called without the lock.
     fn writable(connection: &Self::Connection) -> usize;
 
     /// Bytes that were sent but not taken by the device. May be called without the lock.
@@ -493,8 +496,13 @@ extern "C" fn stream_has_data<T: Transport>(vsk: Vsk) -> i64 {
 }
 
 extern "C" fn stream_has_space<T: Transport>(vsk: Vsk) -> i64 {
-    // SAFETY: A callback for a socket.
-    unsafe { ask_connection::<T>(vsk, T::writable) as i64 }
+    // SAFETY: A callback for a socket, with its lock held: the core's sendmsg() asks.
+    unsafe {
+        with_socket::<T, _>(vsk, |context, _, connection| {
+            Ok(context.room_to_send(&connection))
+        })
+    }
+    .unwrap_or(0) as i64
 }
 
 extern "C" fn unsent_bytes<T: Transport>(vsk: Vsk) -> isize {

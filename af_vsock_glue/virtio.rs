@@ -9,7 +9,12 @@ use super::{
     bindings,
     skb::{Control, Direction, FromDevice, SkBuff, ToDevice},
 };
-use core::{marker::PhantomData, mem::offset_of, ptr, ptr::NonNull};
+use core::{
+    marker::PhantomData,
+    mem::{offset_of, ManuallyDrop},
+    ptr,
+    ptr::NonNull,
+};
 use kernel::{
     error::{code, from_result, to_result},
     ffi::{c_char, c_int, c_uint, c_void},
@@ -522,18 +527,12 @@ impl<C: Control> Virtqueue<C> {
         unsafe { bindings::virtqueue_is_broken(self.vq.as_ptr()) }
     }
 
-    /// Puts a buffer into the queue: for the device to read its data, or to write into its
-    /// tailroom. May sleep.
-    pub(crate) fn push(&mut self, skb: SkBuff<C>) -> Result<(), (SkBuff<C>, PushError)> {
-        self.push_with_room(skb, u32::MAX)
-    }
-
-    /// Like [`push`](Self::push), for the device to write into the first `room` bytes of the tailroom at most.
-    pub(crate) fn push_with_room(
+    /// Puts a buffer into the queue, `room` bytes of its tailroom where the device writes to it. Returns where it is. May sleep.
+    fn push(
         &mut self,
         skb: SkBuff<C>,
         room: u32,
-    ) -> Result<(), (SkBuff<C>, PushError)> {
+    ) -> Result<NonNull<bindings::sk_buff>, (SkBuff<C>, PushError)> {
         let skb = skb.into_raw();
         // SAFETY: The queue is ours, and the buffer now is the queue's.
         let pushed = to_result(unsafe {
@@ -543,17 +542,22 @@ impl<C: Control> Virtqueue<C> {
                 bindings::vsock_glue_add_in(self.vq.as_ptr(), skb, room)
             }
         });
-        pushed.map_err(|error| {
-            // SAFETY: It was made by `into_raw()` above, and the queue has not taken it.
-            let skb = unsafe { SkBuff::from_raw(NonNull::new_unchecked(skb)) };
-            let error = match error {
-                code::ENOSPC => PushError::Full,
-                // Where it cannot be mapped now, a split ring says ENOMEM and a packed one EIO.
-                code::ENOMEM | code::EIO if !self.is_broken() => PushError::NoMemory,
-                error => PushError::Failed(error),
-            };
-            (skb, error)
-        })
+        // SAFETY: It comes from `into_raw()`.
+        let skb = unsafe { NonNull::new_unchecked(skb) };
+        match pushed {
+            Ok(()) => Ok(skb),
+            Err(error) => {
+                // SAFETY: It was made by `into_raw()` above, and the queue has not taken it.
+                let skb = unsafe { SkBuff::from_raw(skb) };
+                let error = match error {
+                    code::ENOSPC => PushError::Full,
+                    // Where it cannot be mapped now, a split ring says ENOMEM and a packed one EIO.
+                    code::ENOMEM | code::EIO if !self.is_broken() => PushError::NoMemory,
+                    error => PushError::Failed(error),
+                };
+                Err((skb, error))
+            }
+        }
     }
 
     /// Tells the device of the buffers that were put in, where it wants to know.
@@ -590,6 +594,21 @@ impl<C: Control> Virtqueue<C> {
 }
 
 impl<C: Control<Direction = ToDevice>> Virtqueue<C> {
+    /// Puts a buffer into the queue for the device to read. `taken` sees it when it is there, and the device, which need not
+    /// wait to be told, perhaps reads it already. May sleep.
+    pub(crate) fn push_filled(
+        &mut self,
+        skb: SkBuff<C>,
+        taken: impl FnOnce(&SkBuff<C>),
+    ) -> Result<(), (SkBuff<C>, PushError)> {
+        let skb = self.push(skb, 0)?;
+        // SAFETY: The queue has it, and gives it to nobody while it is borrowed here; `ManuallyDrop` leaves it there. No device
+        // writes to it.
+        let skb = ManuallyDrop::new(unsafe { SkBuff::from_raw(skb) });
+        taken(&skb);
+        Ok(())
+    }
+
     /// Takes out a buffer that the device has read.
     pub(crate) fn pop_sent(&mut self) -> Option<SkBuff<C>> {
         self.pop_used().map(|(skb, _)| skb)
@@ -597,6 +616,20 @@ impl<C: Control<Direction = ToDevice>> Virtqueue<C> {
 }
 
 impl<C: Control<Direction = FromDevice>> Virtqueue<C> {
+    /// Puts a buffer into the queue for the device to write into its tailroom. May sleep.
+    pub(crate) fn push_empty(&mut self, skb: SkBuff<C>) -> Result<(), (SkBuff<C>, PushError)> {
+        self.push_empty_with_room(skb, u32::MAX)
+    }
+
+    /// The same, for the first `room` bytes of the tailroom at most.
+    pub(crate) fn push_empty_with_room(
+        &mut self,
+        skb: SkBuff<C>,
+        room: u32,
+    ) -> Result<(), (SkBuff<C>, PushError)> {
+        self.push(skb, room).map(|_| ())
+    }
+
     /// Takes out a buffer with what the device wrote as its data.
     pub(crate) fn pop_received(&mut self) -> Option<Result<SkBuff<C>, UsedLengthTooLarge>> {
         let (mut skb, written) = self.pop_used()?;

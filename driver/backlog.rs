@@ -173,6 +173,21 @@ impl super::tx::TxState {
         self.backlog.replies
     }
 
+    /// How many packets wait. Looks at each connection that has some.
+    pub(crate) fn count_waiting(&mut self) -> usize {
+        let turns = self.backlog.turns.take();
+        let mut count = turns.len();
+        let _ = turns.try_for_each(|packet| {
+            if let Some(connection) = packet.control().connection() {
+                let waiting = connection.waiting().access_mut(self);
+                count += waiting.behind.len() + usize::from(waiting.before.is_some());
+            }
+            core::ops::ControlFlow::<()>::Continue(())
+        });
+        self.backlog.turns = turns;
+        count
+    }
+
     /// Takes all packets of a connection for which `matches` holds, and which are not in line already.
     fn take_behind(
         &mut self,

@@ -16,6 +16,8 @@ use crate::{
 };
 use core::ops::ControlFlow;
 use kernel::{
+    alloc::AllocError,
+    bitmap::BitmapVec,
     prelude::*,
     sync::{
         atomic::{Atomic, Full, Relaxed},
@@ -30,23 +32,66 @@ const COPY_BREAK: usize = 256;
 /// to read, before the peer is told.
 const UNTOLD_SHARE_OF_MESSAGES: u32 = 16;
 
-/// Where a message ends in a packet's payload: 4 bytes, for a peer may send many short ones.
+/// Where a message ends in a packet's payload.
 #[derive(Clone, Copy)]
-struct MessageEnd(u32);
+struct MessageEnd {
+    /// That of the first byte behind the message.
+    offset: u32,
+    /// Whether it ends a record, too.
+    ends_record: bool,
+}
 
 impl MessageEnd {
-    /// `offset` is that of the first byte behind the message. A packet is far shorter than 2 GiB.
-    fn new(offset: usize, ends_record: bool) -> Self {
-        Self((offset as u32) << 1 | u32::from(ends_record))
+    /// `None` for an offset that no packet has.
+    fn new(offset: usize, ends_record: bool) -> Option<Self> {
+        let offset = u32::try_from(offset).ok()?;
+        Some(Self {
+            offset,
+            ends_record,
+        })
+    }
+}
+
+/// Ends of messages in one packet's payload: for each byte that there is room for a bit which says that a message ends with it,
+/// and one that a record does. So they take a quarter of the payload's memory, however short the messages are.
+struct MessageEnds(BitmapVec);
+
+impl MessageEnds {
+    /// None, in payload of up to `room` bytes. Callable in atomic context.
+    fn new(room: usize) -> Result<Self, AllocError> {
+        let bits = room.checked_mul(2).ok_or(AllocError)?;
+        // Under a spinlock, so not GFP_KERNEL.
+        Ok(Self(BitmapVec::new(bits, GFP_ATOMIC)?))
     }
 
-    fn offset(self) -> u32 {
-        self.0 >> 1
+    /// Memory that they take, in bytes.
+    fn size(&self) -> usize {
+        self.0.len().div_ceil(u8::BITS as usize)
     }
 
-    /// Whether it ends a record, too.
-    fn ends_record(self) -> bool {
-        self.0 & 1 != 0
+    /// Adds one. There is none at the front of the payload, nor behind the room.
+    fn add(&mut self, end: MessageEnd) {
+        let Some(last_byte) = end.offset.checked_sub(1) else {
+            return;
+        };
+        let bit = last_byte as usize * 2;
+        if bit + 1 < self.0.len() {
+            self.0.set_bit(bit);
+            if end.ends_record {
+                self.0.set_bit(bit + 1);
+            }
+        }
+    }
+
+    /// The first one behind the first `read` bytes.
+    fn next_after(&self, read: u32) -> Option<MessageEnd> {
+        let bit = self.next_bit(read as usize * 2)?;
+        let ends_record = self.next_bit(bit + 1) == Some(bit + 1);
+        MessageEnd::new(bit / 2 + 1, ends_record)
+    }
+
+    fn next_bit(&self, start: usize) -> Option<usize> {
+        (start < self.0.len()).then(|| self.0.next_bit(start))?
     }
 }
 
@@ -54,10 +99,8 @@ impl MessageEnd {
 pub(crate) struct Received {
     /// Bytes at the front that were read already.
     read: u32,
-    /// How many of `merged` were read already.
-    merged_read: u32,
-    /// Ends of the messages before the last one. There are some where small messages were merged.
-    merged: KVec<MessageEnd>,
+    /// Ends of the messages before the last one, where small messages were merged.
+    ends: Option<MessageEnds>,
     /// End of the last message, where it ends in this packet.
     last: Option<MessageEnd>,
 }
@@ -69,25 +112,22 @@ impl Control for Received {
 impl Received {
     /// The first message end that was not read.
     fn next_end(&self) -> Option<MessageEnd> {
-        self.merged
-            .get(self.merged_read as usize)
-            .copied()
-            .or(self.last)
+        let merged = self
+            .ends
+            .as_ref()
+            .and_then(|ends| ends.next_after(self.read));
+        merged.or(self.last)
     }
 
     /// How many message ends were not read.
     fn unread_ends(&self) -> u32 {
-        let merged = self.merged.len() as u32 - self.merged_read;
-        merged + u32::from(self.last.is_some())
-    }
-
-    /// Notes that the first message end was read.
-    fn end_read(&mut self) {
-        if (self.merged_read as usize) < self.merged.len() {
-            self.merged_read += 1;
-        } else {
-            self.last = None;
+        let mut merged = 0;
+        let mut read = self.read;
+        while let Some(end) = self.ends.as_ref().and_then(|ends| ends.next_after(read)) {
+            read = end.offset;
+            merged += 1;
         }
+        merged + u32::from(self.last.is_some())
     }
 }
 
@@ -119,21 +159,23 @@ impl ReceiveQueue {
     fn enqueue(&mut self, socket: &Socket, packet: SkBuff<()>, end: Option<bool>, limit: usize) {
         let crowded = self.truesize.saturating_add(packet.truesize()) > limit;
         let merge = packet.len() <= COPY_BREAK || crowded;
-        let merged = merge
-            && self
+        let merged = match merge {
+            true => self
                 .packets
                 .with_back(|last| Self::merge(last, &packet, end, crowded))
-                .unwrap_or(false);
-        if merged {
+                .flatten(),
+            false => None,
+        };
+        if let Some(more_memory) = merged {
             self.messages += u32::from(end.is_some());
+            self.truesize += more_memory;
             packet.consume();
         } else if packet.len() > 0 {
             self.messages += u32::from(end.is_some());
             self.truesize += packet.truesize();
             let received = Received {
                 read: 0,
-                merged_read: 0,
-                merged: KVec::new(),
+                ends: None,
                 last: end_of(packet.len(), end),
             };
             let packet = packet.with_control(received);
@@ -143,38 +185,43 @@ impl ReceiveQueue {
         // Nothing but the end of a message that has no beginning is dropped.
     }
 
-    /// Appends `packet` to `last`, behind the end of a message only where `messages` says so.
+    /// Appends `packet` to `last`, behind the end of a message only where `messages` says so. Returns how many bytes of memory
+    /// `last` takes more than before; `None` where `packet` has to stay alone.
     fn merge(
         last: &mut SkBuff<Received>,
         packet: &SkBuff<()>,
         end: Option<bool>,
         messages: bool,
-    ) -> bool {
+    ) -> Option<usize> {
+        if packet.len() > last.tailroom() {
+            return None;
+        }
+        let mut more_memory = 0;
         if let Some(previous) = last.control().last {
-            let whole_messages = messages && packet.len() > 0 && packet.len() <= last.tailroom();
-            // Under a spinlock, so not GFP_KERNEL; without memory the packet stays alone.
-            if !whole_messages
-                || last
-                    .control_mut()
-                    .merged
-                    .push(previous, GFP_ATOMIC)
-                    .is_err()
-            {
-                return false;
+            if !messages || packet.len() == 0 {
+                return None;
             }
-            last.control_mut().last = None;
+            if last.control().ends.is_none() {
+                let ends = MessageEnds::new(last.len() + last.tailroom()).ok()?;
+                more_memory = ends.size();
+                last.charge_more(more_memory);
+                last.control_mut().ends = Some(ends);
+            }
+            if let Some(ends) = &mut last.control_mut().ends {
+                ends.add(previous);
+            }
         }
         if !last.append(packet) {
-            return false;
+            return None;
         }
         let len = last.len();
         last.control_mut().last = end_of(len, end);
-        true
+        Some(more_memory)
     }
 }
 
 fn end_of(len: usize, end: Option<bool>) -> Option<MessageEnd> {
-    end.map(|ends_record| MessageEnd::new(len, ends_record))
+    end.and_then(|ends_record| MessageEnd::new(len, ends_record))
 }
 
 /// A socket's part of the protocol: credit both ways, and what was received.
@@ -192,6 +239,8 @@ pub(crate) struct Connection {
     untold_readers: Atomic<u32>,
     /// Payload that was given to [`tx`](super::tx) and not yet taken by the device, in bytes.
     unsent: Atomic<i64>,
+    /// How much room the message needs that found too little last, in bytes. Changed with the socket's lock.
+    needed_room: Atomic<u32>,
     /// Credit updates that were given to [`tx`](super::tx) and not yet taken by the device.
     waiting_updates: Atomic<i32>,
     /// Packets that wait for room in the transmit virtqueue.
@@ -210,6 +259,8 @@ struct ConnectionState {
     send: SendCredit,
     receive: ReceiveCredit,
     queue: ReceiveQueue,
+    /// Why a sender has found no room last, where nothing was sent since.
+    stall: Option<Stall>,
     /// The directions whose end the peer was told, as the protocol's flags.
     shutdown_sent: u32,
 }
@@ -225,6 +276,39 @@ impl ConnectionState {
             .available(limit)
             .min(limit.saturating_sub(waiting))
     }
+
+    /// Takes out what was received and not read, to be freed without the lock.
+    fn take_received(&mut self) -> SkBuffQueue<Received> {
+        let unread = self.receive.unread();
+        self.receive.consume(unread, 0);
+        self.queue.truesize = 0;
+        self.queue.messages = 0;
+        self.queue.packets.take()
+    }
+
+    /// The longest message that can be sent, in bytes, once there is room for it.
+    fn largest_message(&self) -> u32 {
+        self.send.largest_message(self.receive.buf_alloc())
+    }
+
+    /// Takes up to `wanted` bytes of credit and returns how many that are.
+    fn take_credit(&mut self, wanted: u32) -> u32 {
+        let limit = self.receive.buf_alloc();
+        let taken = self.send.take(wanted, limit);
+        if taken > 0 {
+            self.stall = None;
+        }
+        taken
+    }
+}
+
+/// Why there is no room to send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Stall {
+    /// The peer has none.
+    Credit,
+    /// The device has not taken what was sent before, as much as the socket's buffer is large.
+    Device,
 }
 
 /// Whether the connection was reset by the device, and the application told.
@@ -270,12 +354,14 @@ impl Connection {
                     send: SendCredit::default(),
                     receive: ReceiveCredit::new(buf_alloc),
                     queue: ReceiveQueue::new(),
+                    stall: None,
                     shutdown_sent: 0,
                 }, "virtio_vsock_rs_connection"),
                 reset: Atomic::new(ResetState::No as u32),
                 is_finished: Atomic::new(false),
                 untold_readers: Atomic::new(0),
                 unsent: Atomic::new(0),
+                needed_room: Atomic::new(0),
                 waiting_updates: Atomic::new(0),
                 waiting,
                 guest_cid: Atomic::new(Address::CID_ANY),
@@ -292,8 +378,10 @@ impl Connection {
             let mut state = self.state.lock();
             state.send = SendCredit::default();
             state.receive = ReceiveCredit::new(buf_alloc);
+            state.stall = None;
             state.shutdown_sent = 0;
         }
+        self.needed_room.store(0, Relaxed);
         self.guest_cid.store(Address::CID_ANY, Relaxed);
         self.untold_readers.store(0, Relaxed);
         self.is_finished.store(false, Relaxed);
@@ -347,19 +435,40 @@ impl Connection {
         let unsent = self.unsent();
         let mut state = self.state.lock();
         let wanted = wanted.min(state.sendable(unsent));
-        let limit = state.receive.buf_alloc();
-        state.send.take(wanted, limit)
+        state.take_credit(wanted)
+    }
+
+    /// Takes credit for a message of `len` bytes, for all of it: a part that was sent could not be taken back. Returns whether
+    /// there was so much; otherwise there is no room to send until there is. Needs the socket's lock.
+    ///
+    /// # Errors
+    ///
+    /// EMSGSIZE where there never will be.
+    pub(crate) fn take_message_credit(&self, len: usize) -> Result<bool> {
+        let len = u32::try_from(len).map_err(|_| EMSGSIZE)?;
+        let unsent = self.unsent();
+        let mut state = self.state.lock();
+        if len > state.largest_message() {
+            return Err(EMSGSIZE);
+        }
+        if len > state.sendable(unsent) {
+            self.needed_room.store(len, Relaxed);
+            return Ok(false);
+        }
+        state.take_credit(len);
+        Ok(true)
+    }
+
+    /// Lets a sender have the room that a message before did not do with. Needs the socket's lock.
+    pub(crate) fn forget_needed_room(&self) {
+        if self.socket_type == SocketType::SeqPacket {
+            self.needed_room.store(0, Relaxed);
+        }
     }
 
     /// Gives credit back for payload that could not be sent.
     pub(crate) fn return_send_credit(&self, unused: u32) {
         self.state.lock().send.give_back(unused);
-    }
-
-    /// The longest message that the peer can take, in bytes.
-    pub(crate) fn largest_message(&self) -> u32 {
-        let state = self.state.lock();
-        state.send.largest_message(state.receive.buf_alloc())
     }
 
     /// Counts payload that is on its way to the device.
@@ -383,10 +492,29 @@ impl Connection {
         usize::try_from(self.unsent.fetch_add(0, Full)).unwrap_or(0)
     }
 
-    /// Bytes that can be sent.
+    /// Bytes that can be sent; 0 where a message waits for more.
     pub(crate) fn writable(&self) -> u32 {
         let unsent = self.unsent_for_waiter();
-        self.state.lock().sendable(unsent)
+        let needed = self.needed_room.load(Relaxed);
+        let state = self.state.lock();
+        let room = state.sendable(unsent);
+        // Where a buffer has become smaller meanwhile the sender learns that the message is too long.
+        match room < needed.min(state.largest_message()) {
+            true => 0,
+            false => room,
+        }
+    }
+
+    /// Notes that a sender has found no room. Says why, where that is news since something was sent.
+    pub(crate) fn note_stall(&self) -> Option<Stall> {
+        let needed = self.needed_room.load(Relaxed);
+        let mut state = self.state.lock();
+        let limit = state.receive.buf_alloc();
+        let stall = match state.send.available(limit) < needed.max(1) {
+            true => Stall::Credit,
+            false => Stall::Device,
+        };
+        (state.stall.replace(stall) != Some(stall)).then_some(stall)
     }
 
     /// Whether more credit updates wait than a device that takes packets lets come about.
@@ -592,7 +720,7 @@ impl Connection {
         let end = packets.try_for_each(|packet| {
             let read = packet.control().read as usize;
             let end = packet.control().next_end();
-            let part = end.map_or(packet.len(), |end| end.offset() as usize) - read;
+            let part = end.map_or(packet.len(), |end| end.offset as usize) - read;
             let wanted = part.min(room.saturating_sub(message.len));
             if wanted > 0 {
                 if let Err(error) = copy(packet, read, wanted) {
@@ -603,7 +731,7 @@ impl Connection {
             match end {
                 None => ControlFlow::Continue(()),
                 Some(end) => {
-                    message.ends_record = end.ends_record();
+                    message.ends_record = end.ends_record;
                     ControlFlow::Break(Ok(()))
                 }
             }
@@ -633,16 +761,13 @@ impl Connection {
         while let Some(mut packet) = packets.pop_front() {
             let read = packet.control().read as usize;
             let end = packet.control().next_end();
-            let stop = end.map_or(packet.len(), |end| end.offset() as usize);
+            let stop = end.map_or(packet.len(), |end| end.offset as usize);
             let wanted = (stop - read).min(room.saturating_sub(message.len));
             if wanted > 0 && result.is_ok() {
                 result = copy(&packet, read, wanted);
             }
             message.len += stop - read;
             packet.control_mut().read = stop as u32;
-            if end.is_some() {
-                packet.control_mut().end_read();
-            }
             if stop < packet.len() {
                 packets.push_front(packet);
             } else {
@@ -650,7 +775,7 @@ impl Connection {
                 packet.consume();
             }
             if let Some(end) = end {
-                message.ends_record = end.ends_record();
+                message.ends_record = end.ends_record;
                 break;
             }
         }
@@ -679,17 +804,18 @@ impl Connection {
         Some(packet)
     }
 
-    /// Throws away what was received and not read. Takes the connection lock; the last time it is called, by whoever drops the
-    /// last reference to the socket, in any context.
+    /// Throws away what was received and not read. Takes the connection lock.
     pub(crate) fn purge(&self) {
-        let mut state = self.state.lock();
-        let unread = state.receive.unread();
-        state.receive.consume(unread, 0);
-        let packets = state.queue.packets.take();
-        state.queue.truesize = 0;
-        state.queue.messages = 0;
-        drop(state);
+        let packets = self.state.lock().take_received();
         // Freed here, outside of the spinlock.
+        drop(packets);
+    }
+
+    /// The same, for whoever drops the last reference to the socket, in any context.
+    pub(crate) fn purge_last(&self) {
+        // Nobody has the lock, who would have a reference; but where others take it, softirqs are on.
+        let state = self.state.try_lock();
+        let packets = state.unwrap_or_else(|| self.state.lock()).take_received();
         drop(packets);
     }
 

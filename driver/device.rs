@@ -165,6 +165,6 @@ impl VsockDriver {
         self.set_guest_cid(None);
         drop((rx, events, tx));
         self.statistics.dropped_tx.add(self.tx.drop_backlog());
-        self.reset_all_connections();
+        self.reset_all_connections(&self.statistics.resets_by_device_loss);
     }
 }

@@ -8,6 +8,7 @@ use super::{
     queue_work_in_turn,
     queue_work_without_memory,
     rx::RxQueue,
+    statistics::Counter,
     updates::Updates,
     work,
     VsockDriver, //
@@ -73,6 +74,11 @@ impl EventQueue {
         self.queue.is_broken()
     }
 
+    /// How many buffers the device has.
+    pub(crate) fn posted(&self) -> usize {
+        self.posted
+    }
+
     /// The update of CIDs that is under way, and the device.
     pub(super) fn updates_and_device(&mut self) -> (&mut Updates, &LiveDevice) {
         (&mut self.updates, self.queue.device())
@@ -94,7 +100,10 @@ impl EventQueue {
 
     /// Gives the device a buffer; `false` where the queue has no room for it.
     fn post(&mut self, buffer: SkBuff<()>) -> bool {
-        let posted = self.queue.push_with_room(buffer, self.buffer_len).is_ok();
+        let posted = self
+            .queue
+            .push_empty_with_room(buffer, self.buffer_len)
+            .is_ok();
         self.posted += usize::from(posted);
         posted
     }
@@ -246,7 +255,7 @@ impl VsockDriver {
         self.set_guest_cid(cid);
         self.statistics.transport_resets.increment();
         let mut migration = self.begin_migration(device, Cause::TransportReset, before);
-        let reset = self.reset_all_connections();
+        let reset = self.reset_all_connections(&self.statistics.resets_by_transport);
         if let Some(cid) = cid {
             self.readdress_waiting_requests(cid);
             self.let_bound_sockets_follow(cid);
@@ -290,17 +299,17 @@ impl VsockDriver {
         Socket::change_bound_cid(cid.get());
     }
 
-    /// Resets all connections and returns how many there were. Sleeps, and takes sockets' locks.
+    /// Resets all connections, which `cause` counts, and returns how many there were. Sleeps, and takes sockets' locks.
     ///
     /// The caller sees to it that no new ones are made meanwhile: by the rx mutex, or without a device.
-    pub(super) fn reset_all_connections(&self) -> usize {
+    pub(super) fn reset_all_connections(&self, cause: &Counter) -> usize {
         let mut count = 0;
         loop {
             let sockets = Socket::some_connected::<Self>();
             for socket in sockets.iter().flatten() {
                 let socket = socket.lock();
                 let connection = socket.connection::<Self>();
-                if connection.is_some_and(|it| self.reset_connection(&socket, &it)) {
+                if connection.is_some_and(|it| self.reset_connection(&socket, &it, cause)) {
                     count += 1;
                 }
                 // So that it is not found again.

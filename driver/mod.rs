@@ -11,9 +11,10 @@
 //! | [`tx`] | packets to the device: the virtqueue, and what waits for room in it |
 //! | [`events`] | the device says that connections are gone |
 //! | [`updates`] | the device says which connections go on by other addresses |
+//! | [`payload`] | what programs send: credit for it, and packets made of it |
 //! | [`sockets`] | what the core of AF_VSOCK asks of a transport |
 //! | [`connection`] | what is kept for each socket: credit, the receive queue |
-//! | [`statistics`] | counters for operators, in debugfs |
+//! | [`statistics`] | counters and queue lengths for operators, in debugfs |
 //!
 //! A guest has one device at a time, so there is one [`VsockDriver`], which outlives devices. Documentation/
 //! has the locks and their order in one table (locking.md).
@@ -23,6 +24,7 @@ pub(crate) mod connection;
 pub(crate) mod device;
 pub(crate) mod events;
 pub(crate) mod moderation;
+pub(crate) mod payload;
 pub(crate) mod rx;
 pub(crate) mod sockets;
 pub(crate) mod statistics;
@@ -177,6 +179,16 @@ impl VsockDriver {
             }),
             GFP_KERNEL,
         )
+    }
+
+    /// How much waits in the queues. Sleeps.
+    fn queue_lengths(&self) -> statistics::QueueLengths {
+        let mut lengths = self.tx.lengths();
+        lengths.rx_buffers = (*self.rx.lock()).as_ref().map_or(0, rx::RxQueue::posted);
+        lengths.event_buffers = (*self.events.lock())
+            .as_ref()
+            .map_or(0, events::EventQueue::posted);
+        lengths
     }
 
     /// The device's CID, `None` while there is no device.

@@ -8,6 +8,7 @@ use super::{
     queue_work,
     queue_work_in_turn,
     queue_work_without_memory,
+    statistics::Counter,
     tx::ControlPacket,
     work,
     VsockDriver, //
@@ -82,6 +83,11 @@ impl RxQueue {
         self.queue.is_broken()
     }
 
+    /// How many buffers the device has.
+    pub(crate) fn posted(&self) -> usize {
+        self.posted as usize
+    }
+
     /// How many buffers the device is to have.
     fn wanted(&self) -> u32 {
         self.queue.size().min(MAX_RX_BUFFERS)
@@ -98,7 +104,7 @@ impl RxQueue {
             let Ok(buffer) = SkBuff::page_sized(()) else {
                 break;
             };
-            if self.queue.push(buffer).is_err() {
+            if self.queue.push_empty(buffer).is_err() {
                 break;
             }
             self.posted += 1;
@@ -343,6 +349,9 @@ impl VsockDriver {
                 if reply {
                     self.send_reset_reply(header);
                 }
+                if error == ConnectError::Refused {
+                    self.statistics.refused_connects.increment();
+                }
                 fail_connect(socket, error);
             }
             Step::Deliver => self.deliver(socket, connection, header, payload),
@@ -352,12 +361,15 @@ impl VsockDriver {
                 self.peer_shut_down(socket, connection, Directions::from_bits(directions));
             }
             Step::PeerClosed => {
+                if state == State::Established && socket.peer_shutdown() != Directions::BOTH {
+                    self.statistics.resets_by_peer.increment();
+                }
                 self.cancel_waiting(&connection);
                 self.finish_connection(socket, &connection);
             }
             Step::PeerForgot => {
                 self.send_final_reset(socket, connection, ControlPacket::reply(Op::Rst));
-                self.reset_connection(socket, &connection);
+                self.reset_connection(socket, &connection, &self.statistics.resets_by_new_request);
             }
             Step::Drop => self.statistics.dropped_state.increment(),
         }
@@ -416,7 +428,7 @@ impl VsockDriver {
             return;
         }
         // Its data would be lost, so the connection ends instead.
-        self.statistics.credit_exceeded.increment();
+        self.statistics.resets_by_credit.increment();
         self.send_final_reset(socket, connection, ControlPacket::reply(Op::Rst));
         self.finish_connection(socket, &connection);
         socket.fail(ENOBUFS.into());
@@ -470,13 +482,14 @@ impl VsockDriver {
     }
 
     /// Ends a connection that the device has lost: every call of the application fails with ECONNRESET. Returns
-    /// whether there was one that had not come to its end.
+    /// whether there was one that had not come to its end, which `cause` counts.
     ///
     /// What waits to be sent on it is the caller's to cancel. Sleeps.
     pub(super) fn reset_connection(
         &self,
         socket: &LockedSocket<'_>,
         connection: &Connection,
+        cause: &Counter,
     ) -> bool {
         let is_closed = socket.close_is_scheduled();
         if connection.reset_state() != ResetState::No || (socket.is_done() && !is_closed) {
@@ -486,7 +499,7 @@ impl VsockDriver {
         }
         connection.note_reset(socket.blocked_readers());
         connection.purge();
-        self.statistics.reset_connections.increment();
+        cause.increment();
         if is_closed {
             // The application has closed it already, so it only goes a little sooner.
             socket.set_done();

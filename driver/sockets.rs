@@ -5,7 +5,7 @@
 //! Every function here is called with the socket's lock held, where it takes a [`LockedSocket`].
 
 use super::{
-    connection::{Connection, Received, ResetState},
+    connection::{Connection, Received, ResetState, Stall},
     rx::protocol_type,
     tx::ControlPacket,
     VsockDriver, //
@@ -59,7 +59,7 @@ impl Transport for VsockDriver {
     }
 
     fn free_received(connection: &Connection) {
-        connection.purge();
+        connection.purge_last();
     }
 
     fn close_timeout(&self, socket: &LockedSocket<'_>) {
@@ -67,6 +67,7 @@ impl Transport for VsockDriver {
             return;
         };
         if !socket.is_done() {
+            self.statistics.resets_by_close_timeout.increment();
             self.send_final_reset(socket, connection, ControlPacket::of(Op::Rst));
             self.finish_connection(socket, &connection);
         }
@@ -215,6 +216,7 @@ impl Transport for VsockDriver {
     }
 
     fn before_send(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
+        connection.forget_needed_room();
         tell_of_reset(socket, connection)
     }
 
@@ -225,58 +227,7 @@ impl Transport for VsockDriver {
         message: &mut MessageSource,
         len: usize,
     ) -> Result<usize> {
-        if connection.reset_state() != ResetState::No {
-            // A writer that was blocked, where SO_ERROR has told somebody else before.
-            return Err(ECONNRESET.into());
-        }
-        let credit = connection.take_send_credit(u32::try_from(len).unwrap_or(u32::MAX));
-        if credit == 0 && len > 0 {
-            self.statistics.credit_stalls.increment();
-            return Ok(0);
-        }
-        let mut zero_copy = match message.zero_copy(socket, credit as usize) {
-            Ok(zero_copy) => zero_copy,
-            Err(error) => {
-                connection.return_send_credit(credit);
-                return Err(error);
-            }
-        };
-        // Only what is sent as a whole is sent from the caller's pages: a rest that waits for credit would
-        // need a completion of its own.
-        let from_pages =
-            zero_copy.is_some() && self.tx.takes_pages() && message.remaining() <= credit as usize;
-        if let (Some(zero_copy), false) = (&mut zero_copy, from_pages) {
-            zero_copy.set_copied();
-        }
-        let mut left = credit;
-        while left > 0 {
-            let part = left.min(self.tx.longest_payload());
-            let before = message.position();
-            let sent = self.send_payload(
-                socket,
-                connection,
-                message,
-                part,
-                zero_copy.as_mut(),
-                from_pages,
-            );
-            if let Err(error) = sent {
-                message.rewind(before);
-                connection.return_send_credit(left);
-                let error = self.error_of_connection(socket, &connection, error);
-                if left == credit {
-                    if let Some(zero_copy) = &mut zero_copy {
-                        zero_copy.set_unused();
-                    }
-                    // With MSG_ZEROCOPY applications know ENOMEM from the C driver for pages that are not there.
-                    let is_fault = error == EFAULT && message.wants_zero_copy();
-                    return Err(if is_fault { ENOMEM } else { error });
-                }
-                break;
-            }
-            left -= part;
-        }
-        Ok((credit - left) as usize)
+        self.send_stream(socket, connection, message, len)
     }
 
     fn send_message(
@@ -286,10 +237,7 @@ impl Transport for VsockDriver {
         message: &mut MessageSource,
         len: usize,
     ) -> Result<usize> {
-        if len > connection.largest_message() as usize {
-            return Err(EMSGSIZE);
-        }
-        self.send(socket, connection, message, len)
+        self.send_whole_message(socket, connection, message, len)
     }
 
     fn is_readable(&self, connection: &Connection, low_water: usize) -> bool {
@@ -308,6 +256,18 @@ impl Transport for VsockDriver {
     fn readable(connection: &Connection) -> usize {
         // As above.
         (connection.unread() as usize).max(connection.has_untold_reader().into())
+    }
+
+    fn room_to_send(&self, connection: &Connection) -> usize {
+        let room = Self::writable(connection);
+        if room == 0 {
+            match connection.note_stall() {
+                Some(Stall::Credit) => self.statistics.credit_stalls.increment(),
+                Some(Stall::Device) => self.statistics.device_stalls.increment(),
+                None => {}
+            }
+        }
+        room
     }
 
     fn writable(connection: &Connection) -> usize {
@@ -388,7 +348,7 @@ impl VsockDriver {
 
     /// What `error` of sending is to an application that has a connection: where the device has gone, or its virtqueue is
     /// broken, that has gone too.
-    fn error_of_connection(
+    pub(super) fn error_of_connection(
         &self,
         socket: &LockedSocket<'_>,
         connection: &Connection,
@@ -398,7 +358,7 @@ impl VsockDriver {
             return error;
         }
         // Whoever takes the device away comes to this socket later, and to what waits.
-        self.reset_connection(socket, connection);
+        self.reset_connection(socket, connection, &self.statistics.resets_by_device_loss);
         tell_of_reset(socket, connection)
             .err()
             .unwrap_or(ECONNRESET.into())

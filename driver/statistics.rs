@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Counters for operators, in debugfs below `virtio_vsock_rs/`.
+//! What operators find in debugfs below `virtio_vsock_rs/`: counters, and how much waits in the queues.
 //!
-//! They are relaxed atomics that only grow; a reader sees each, not all of them at one instant.
+//! Counters are relaxed atomics that only grow; a reader sees each, not all of them at one instant.
 
+use super::VsockDriver;
 use kernel::{
     debugfs::{Dir, File},
     prelude::*,
@@ -88,18 +89,32 @@ statistics! {
     dropped_tx,
     /// Packets with an unknown socket type.
     unknown_type,
-    /// RST sent because there is no socket for a packet, or no connection for a tuple of an update.
-    rst_no_socket,
-    /// Connections that were reset because their peer sent more than its credit.
-    credit_exceeded,
-    /// Sends that found no credit.
+    /// RST sent in answer to a REQUEST: nobody listens on its port, or the listener can take no more.
+    refused_requests,
+    /// RST sent for other packets that are of no connection, and for such tuples of an update.
+    rst_no_connection,
+    /// Attempts to connect that the peer has refused.
+    refused_connects,
+    /// Times that senders of a connection began to find no room because the peer has none.
     credit_stalls,
+    /// The same, because the device had not taken what was sent before: as much as the socket's buffer is large.
+    device_stalls,
     /// Packets of credit sent for nothing else.
     credit_updates,
     /// Transport resets that the device announced.
     transport_resets,
-    /// Connections that were reset because of those, because the device went away, or because their peer had lost them.
-    reset_connections,
+    /// Connections that were reset by those, by a refused update, or because an update did not list them.
+    resets_by_transport,
+    /// Connections that were reset because the device went away, slept, or failed.
+    resets_by_device_loss,
+    /// Connections that the peer has ended by RST though neither end had closed them.
+    resets_by_peer,
+    /// Connections that were reset because the peer has asked for another one between the same ports: it had lost them.
+    resets_by_new_request,
+    /// Connections that were reset because their peer sent more than its credit.
+    resets_by_credit,
+    /// Connections that were closed, and ended by RST because the peer did not answer.
+    resets_by_close_timeout,
     /// Updates of CIDs that were applied.
     cid_updates,
     /// Connections that went on by other addresses.
@@ -110,20 +125,62 @@ statistics! {
     unknown_events,
 }
 
+/// How much waits in the queues now.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct QueueLengths {
+    /// Packets that the device has and has not used.
+    pub(crate) tx_in_flight: usize,
+    /// Packets that wait for room in the transmit virtqueue, for memory to map them, or for others to go with.
+    pub(crate) tx_waiting: usize,
+    /// Those of them that answer packets of the device.
+    pub(crate) tx_waiting_replies: usize,
+    /// Whether no packets or events are received until fewer answers wait.
+    pub(crate) rx_is_stopped: bool,
+    /// Buffers that the device has for packets.
+    pub(crate) rx_buffers: usize,
+    /// Buffers that the device has for events.
+    pub(crate) event_buffers: usize,
+}
+
+fn show_queues(
+    driver: &Arc<VsockDriver>,
+    f: &mut kernel::fmt::Formatter<'_>,
+) -> kernel::fmt::Result {
+    let lengths = driver.queue_lengths();
+    let lines = [
+        ("tx_in_flight", lengths.tx_in_flight),
+        ("tx_waiting", lengths.tx_waiting),
+        ("tx_waiting_replies", lengths.tx_waiting_replies),
+        ("rx_is_stopped", lengths.rx_is_stopped.into()),
+        ("rx_buffers", lengths.rx_buffers),
+        ("event_buffers", lengths.event_buffers),
+    ];
+    for (name, value) in lines {
+        kernel::fmt::Write::write_fmt(f, kernel::prelude::fmt!("{name} {value}\n"))?;
+    }
+    Ok(())
+}
+
 /// The directory in debugfs; dropping it removes it.
 #[pin_data]
 pub(crate) struct DebugFs {
     #[pin]
     statistics: File<Arc<Statistics>>,
+    #[pin]
+    queues: File<Arc<VsockDriver>>,
     _dir: Dir,
 }
 
 impl DebugFs {
     /// Makes the directory.
-    pub(crate) fn new(statistics: Arc<Statistics>) -> impl PinInit<Self, Error> {
+    pub(crate) fn new(
+        statistics: Arc<Statistics>,
+        driver: Arc<VsockDriver>,
+    ) -> impl PinInit<Self, Error> {
         let dir = Dir::new(c"virtio_vsock_rs");
         try_pin_init!(Self {
             statistics <- dir.read_callback_file(c"statistics", statistics, &show),
+            queues <- dir.read_callback_file(c"queues", driver, &show_queues),
             _dir: dir.clone(),
         })
     }

@@ -15,12 +15,12 @@ use super::{
     queue_work,
     queue_work_in_turn,
     queue_work_without_memory,
+    statistics::QueueLengths,
     work,
     VsockDriver, //
 };
 use crate::{
     af_vsock_glue::{
-        message::{MessageSource, ZeroCopy},
         monitor::{self, Direction},
         skb::{Control, Payload, SkBuff, SkBuffQueue, ToDevice},
         socket::{Directions, LockedSocket},
@@ -29,7 +29,7 @@ use crate::{
     },
     protocol::{
         cid::Cid,
-        header::{Header, Op, SocketType, HEADER_LEN, SEQ_EOM, SEQ_EOR},
+        header::{Header, Op, HEADER_LEN},
         MAX_PAYLOAD,
     },
 };
@@ -61,8 +61,6 @@ pub(crate) struct Outgoing {
     is_reply: bool,
     /// Whether applications get a completion of it, for MSG_ZEROCOPY.
     completes: bool,
-    /// Whether captures and tracepoints have been shown the packet.
-    is_shown: bool,
 }
 
 /// What a connection counts of a packet.
@@ -83,7 +81,6 @@ impl Outgoing {
             counted: Counted::Nothing,
             is_reply: true,
             completes: false,
-            is_shown: false,
         }
     }
 
@@ -93,18 +90,21 @@ impl Outgoing {
             counted: Counted::Nothing,
             is_reply,
             completes: false,
-            is_shown: false,
         }
     }
 
-    fn payload(connection: ArcBorrow<'_, Connection>, len: u32, completes: bool) -> Self {
+    /// `len` bytes of payload, of which applications get a completion where `completes` says so.
+    pub(super) fn payload(
+        connection: ArcBorrow<'_, Connection>,
+        len: u32,
+        completes: bool,
+    ) -> Self {
         connection.add_unsent(len);
         Self {
             connection: Some(connection.into()),
             counted: Counted::Payload(len),
             is_reply: false,
             completes,
-            is_shown: false,
         }
     }
 
@@ -115,7 +115,6 @@ impl Outgoing {
             counted: Counted::CreditUpdate,
             is_reply,
             completes: false,
-            is_shown: false,
         }
     }
 
@@ -215,15 +214,14 @@ pub(crate) struct TxQueue {
 }
 
 impl TxQueue {
-    /// Gives a packet to the device. It is shown when that is tried for the first time: as it will come, and in that order.
-    fn push(&mut self, mut packet: OutgoingPacket) -> Result<(), (OutgoingPacket, PushError)> {
-        if !core::mem::replace(&mut packet.control_mut().is_shown, true) {
-            if let Some(header) = packet.front() {
-                monitor::show(Direction::Sent, header, purpose, &packet);
-            }
-        }
+    /// Gives a packet to the device, and shows it to those who watch.
+    fn push(&mut self, packet: OutgoingPacket) -> Result<(), (OutgoingPacket, PushError)> {
         let payload_len = packet.control().payload_len();
-        self.queue.push(packet)?;
+        self.queue.push_filled(packet, |packet| {
+            if let Some(header) = packet.front() {
+                monitor::show(Direction::Sent, header, purpose, packet);
+            }
+        })?;
         self.in_flight += 1;
         let statistics = &self.driver.statistics;
         statistics.tx_packets.add_exclusively(1);
@@ -416,6 +414,18 @@ impl Tx {
             .is_some_and(|device| device.queue.is_broken())
     }
 
+    /// How much waits here. Sleeps.
+    pub(crate) fn lengths(&self) -> QueueLengths {
+        let mut state = self.state.lock();
+        QueueLengths {
+            tx_in_flight: state.device.as_ref().map_or(0, |device| device.in_flight),
+            tx_waiting: state.count_waiting(),
+            tx_waiting_replies: state.waiting_replies(),
+            rx_is_stopped: state.parked,
+            ..QueueLengths::default()
+        }
+    }
+
     /// Frees what waits for a device that is gone; says how many packets that was. Sleeps.
     pub(crate) fn drop_backlog(&self) -> usize {
         let mut state = self.state.lock();
@@ -477,7 +487,7 @@ impl VsockDriver {
     ///
     /// Also where the connection is over for the peer, who might take the packet for one of a new connection between
     /// the same ports.
-    fn header(
+    pub(super) fn header(
         &self,
         socket: &LockedSocket<'_>,
         connection: &Connection,
@@ -570,62 +580,6 @@ impl VsockDriver {
         Ok(())
     }
 
-    /// Sends the next `len` bytes of a message, out of the caller's pages where `from_pages` says so. May sleep.
-    pub(crate) fn send_payload(
-        self: ArcBorrow<'_, Self>,
-        socket: &LockedSocket<'_>,
-        connection: ArcBorrow<'_, Connection>,
-        message: &mut MessageSource,
-        len: u32,
-        mut zero_copy: Option<&mut ZeroCopy>,
-        from_pages: bool,
-    ) -> Result {
-        let is_end = connection.socket_type() == SocketType::SeqPacket
-            && message.remaining() == len as usize;
-        let flags = match (is_end, message.ends_record()) {
-            (false, _) => 0,
-            (true, false) => SEQ_EOM,
-            (true, true) => SEQ_EOM | SEQ_EOR,
-        };
-        let header = self
-            .header(socket, &connection, Op::Rw, flags, len)?
-            .to_bytes();
-        let completes = zero_copy.is_some();
-        let control = || Outgoing::payload(connection, len, completes);
-        if from_pages {
-            let payload = Payload::Pages(message, len as usize);
-            match SkBuff::outgoing(
-                Some(socket),
-                &header,
-                payload,
-                zero_copy.as_deref_mut(),
-                control(),
-            ) {
-                // The message is in more pieces than a packet can have.
-                Err(EMSGSIZE) => {
-                    if let Some(zero_copy) = &mut zero_copy {
-                        zero_copy.set_copied();
-                    }
-                }
-                packet => {
-                    self.transmit_payload(packet?)?;
-                    connection.advertised();
-                    return Ok(());
-                }
-            }
-        }
-        let payload = Payload::Copy(message, len as usize);
-        self.transmit_payload(SkBuff::outgoing(
-            Some(socket),
-            &header,
-            payload,
-            zero_copy,
-            control(),
-        )?)?;
-        connection.advertised();
-        Ok(())
-    }
-
     /// Sends a credit update. May sleep.
     ///
     /// Where it cannot be sent nothing is lost: the peer does not count as told.
@@ -665,7 +619,10 @@ impl VsockDriver {
         );
         // Out of memory, or without a device, the peer is left to its own timeout.
         if packet.and_then(|packet| self.transmit(packet)).is_ok() {
-            self.statistics.rst_no_socket.increment();
+            match to.op {
+                Op::Request => self.statistics.refused_requests.increment(),
+                _ => self.statistics.rst_no_connection.increment(),
+            }
         }
     }
 
@@ -680,7 +637,7 @@ impl VsockDriver {
     }
 
     /// The same for payload that the current task sends, which waits for the work item where that waits for this task.
-    fn transmit_payload(self: ArcBorrow<'_, Self>, packet: OutgoingPacket) -> Result {
+    pub(super) fn transmit_payload(self: ArcBorrow<'_, Self>, packet: OutgoingPacket) -> Result {
         let may_batch = self.moderation.note_payload(packet.control().payload_len());
         if let Sent::Batched = self.transmit_or_batch(packet, may_batch)? {
             self.statistics.tx_batched.increment();

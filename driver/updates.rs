@@ -88,7 +88,7 @@ impl VsockDriver {
         match updates.collector.add(part) {
             Collected::OfRefused => {
                 // Packets of before the update may have made connections since it was refused.
-                self.reset_all_connections();
+                self.reset_all_connections(&self.statistics.resets_by_transport);
             }
             Collected::Refused => {
                 self.refuse_update(updates, device, "a part is missing, or cannot be");
@@ -217,7 +217,7 @@ impl VsockDriver {
             self.keep(socket, connection, update, tuple.host_new_cid);
             return Some(Fate::Kept);
         }
-        self.reset_connection(socket, &connection)
+        self.reset_connection(socket, &connection, &self.statistics.resets_by_transport)
             .then_some(Fate::Reset)
     }
 
@@ -245,7 +245,7 @@ impl VsockDriver {
         };
         for tuple in tuples {
             self.send_nofail(&tuple.reset(guest_cid));
-            self.statistics.rst_no_socket.increment();
+            self.statistics.rst_no_connection.increment();
             cond_resched();
         }
     }

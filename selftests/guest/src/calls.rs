@@ -10,6 +10,7 @@ use serde::de::DeserializeOwned;
 use serde::Deserialize;
 use serde_json::{json, Value};
 
+use crate::messages;
 use crate::observe;
 use crate::pattern;
 use crate::sender::Sender;
@@ -28,6 +29,11 @@ struct Socket {
 #[derive(Deserialize)]
 struct Fd {
     fd: RawFd,
+}
+
+#[derive(Deserialize)]
+struct Fds {
+    fds: Vec<RawFd>,
 }
 
 #[derive(Deserialize)]
@@ -57,6 +63,28 @@ struct Receive {
     len: usize,
     #[serde(default)]
     flags: i32,
+}
+
+#[derive(Deserialize)]
+struct SendBytes {
+    fd: RawFd,
+    len: usize,
+    #[serde(default)]
+    readable: Option<usize>,
+    #[serde(default)]
+    flags: i32,
+}
+
+#[derive(Deserialize)]
+struct Pieces {
+    fd: RawFd,
+    pieces: usize,
+    len: usize,
+}
+
+#[derive(Deserialize)]
+struct Number {
+    number: u64,
 }
 
 #[derive(Deserialize)]
@@ -189,6 +217,29 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
             let Way { fd, way, .. } = params(given)?;
             json!(waiting::send_until_error(fd, &way)?)
         }
+        "send_bytes" => {
+            let SendBytes {
+                fd,
+                len,
+                readable,
+                flags,
+            } = params(given)?;
+            json!(messages::send_bytes(fd, len, readable, flags)?)
+        }
+        "recv_message" => {
+            let Receive { fd, len, flags } = params(given)?;
+            messages::recv_message(fd, len, flags)?
+        }
+        "recv_short_messages" => {
+            let Small { fd, count } = params(given)?;
+            json!(messages::recv_short_messages(fd, count)?)
+        }
+        "send_zero_copy_pieces" => {
+            let Pieces { fd, pieces, len } = params(given)?;
+            json!(zerocopy::send_pieces(fd, pieces, len)?)
+        }
+        "count_tracepoint" => json!(observe::count_tracepoint(params::<Number>(given)?.number)?),
+        "read_counters" => json!(observe::read_counters(&params::<Fds>(given)?.fds)?),
         "send_zero_copy" => {
             let Small { fd, count } = params(given)?;
             json!(zerocopy::send_what_fits(fd, count as usize)?)
@@ -294,16 +345,17 @@ fn send_small(wanted: &Small) -> Result<Value> {
     Ok(json!(wanted.count))
 }
 
-/// Receives so many bytes, and as many more as come with the last of them; says how many.
+/// Receives so many bytes, and as many more as come with the last of them; says how many, and the most of one call.
 fn recv_small(wanted: &Small) -> Result<Value> {
     let mut buffer = vec![0; PATTERN_PART];
-    let mut received = 0;
+    let (mut received, mut most) = (0, 0);
     while received < wanted.count {
         let len = sys::recv(wanted.fd, &mut buffer, 0)?;
         ensure!(len > 0, "the end after {received} bytes");
         received += len as u64;
+        most = most.max(len);
     }
-    Ok(json!(received))
+    Ok(json!((received, most)))
 }
 
 fn without_end() -> u64 {

@@ -8,6 +8,7 @@
 //! no other: a test can see that a call blocks, and what ends it. `calls.rs` has the methods.
 
 mod calls;
+mod messages;
 mod observe;
 mod pattern;
 mod sender;

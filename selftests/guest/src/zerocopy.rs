@@ -7,6 +7,7 @@ use std::mem::{size_of, zeroed};
 use std::os::fd::RawFd;
 
 use anyhow::{ensure, Result};
+use serde::Serialize;
 
 use crate::pattern;
 use crate::sender::Sender;
@@ -17,6 +18,12 @@ const PART: usize = 16 * 1024;
 
 /// `SO_EE_ORIGIN_ZEROCOPY` of linux/errqueue.h.
 const ORIGIN_ZEROCOPY: u8 = 5;
+
+/// `SO_EE_CODE_ZEROCOPY_COPIED` of it.
+const CODE_COPIED: u8 = 1;
+
+/// The size of a page, in bytes.
+const PAGE: usize = 4096;
 
 /// How much is sent before the pages are used for something else, in bytes.
 const WINDOW: u64 = 16 * PART as u64;
@@ -72,7 +79,7 @@ pub fn send_pattern(fd: RawFd, seed: u64, len: u64) -> Result<u64> {
 
 /// Takes the completions that are there, which have to follow those of before.
 fn note_completions(fd: RawFd, completed: &mut u32) -> Result<()> {
-    for (first, last) in completions(fd)? {
+    for Completion { first, last, .. } in completions(fd)? {
         ensure!(
             first == *completed && last >= first,
             "the calls {first} to {last} are said to be complete after {completed} calls"
@@ -95,9 +102,40 @@ pub fn send_what_fits(fd: RawFd, limit: usize) -> Result<usize> {
     Ok(limit)
 }
 
-/// Reads the completions that are there; returns the ranges of calls that they are for, both ends included.
-pub fn completions(fd: RawFd) -> Result<Vec<(u32, u32)>> {
-    let mut ranges = Vec::new();
+/// Sends so many pieces of `len` bytes, each in a page of its own, with one call; returns how many bytes were sent. The pages are
+/// never used for anything else.
+pub fn send_pieces(fd: RawFd, pieces: usize, len: usize) -> Result<usize> {
+    ensure!(len < PAGE, "{len} bytes are no piece of a page");
+    let pages = vec![0x5a_u8; (pieces + 1) * PAGE].leak();
+    let mut parts: Vec<libc::iovec> = pages
+        .chunks_exact_mut(PAGE)
+        .take(pieces)
+        .map(|page| libc::iovec {
+            iov_base: page.as_mut_ptr().cast(),
+            iov_len: len,
+        })
+        .collect();
+    // SAFETY: All-zero is a valid message; what it points to lives.
+    let sent = unsafe {
+        let mut message: libc::msghdr = zeroed();
+        message.msg_iov = parts.as_mut_ptr();
+        message.msg_iovlen = parts.len() as _;
+        libc::sendmsg(fd, &message, libc::MSG_ZEROCOPY | libc::MSG_NOSIGNAL)
+    };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error().into())
+}
+
+/// A completion: of which calls it is, both ends included, and whether the kernel has copied what they sent.
+#[derive(Serialize)]
+pub struct Completion {
+    pub first: u32,
+    pub last: u32,
+    pub is_copied: bool,
+}
+
+/// Reads the completions that are there.
+pub fn completions(fd: RawFd) -> Result<Vec<Completion>> {
+    let mut completions = Vec::new();
     loop {
         let mut control = [0_u64; 16];
         // SAFETY: All-zero is a valid message; the control buffer lives, and is as long as is said.
@@ -109,7 +147,7 @@ pub fn completions(fd: RawFd) -> Result<Vec<(u32, u32)>> {
             if result < 0 {
                 let error = io::Error::last_os_error();
                 if error.raw_os_error() == Some(libc::EAGAIN) {
-                    return Ok(ranges);
+                    return Ok(completions);
                 }
                 return Err(error.into());
             }
@@ -125,6 +163,10 @@ pub fn completions(fd: RawFd) -> Result<Vec<(u32, u32)>> {
             error.ee_errno,
             error.ee_origin
         );
-        ranges.push((error.ee_info, error.ee_data));
+        completions.push(Completion {
+            first: error.ee_info,
+            last: error.ee_data,
+            is_copied: error.ee_code == CODE_COPIED,
+        });
     }
 }

@@ -34,6 +34,9 @@ pub const LIMIT: Duration = Duration::from_secs(120);
 /// How many answers may wait for the device, by Documentation/data-path.md.
 pub const WAITING_ANSWERS: i64 = 128;
 
+/// How many credit updates of a connection may wait for the device, by the same.
+pub const WAITING_UPDATES: u32 = 64;
+
 /// How long a test looks whether something happens that should not.
 pub const A_WHILE: Duration = Duration::from_millis(700);
 
@@ -582,24 +585,34 @@ impl Guest {
 
     /// A counter of our driver.
     pub fn counter(&self, name: &str) -> Result<i64> {
-        let text = self.sh("cat /sys/kernel/debug/virtio_vsock_rs/statistics")?;
+        self.number_in_debugfs("statistics", name)
+    }
+
+    /// How much waits in a queue of our driver.
+    pub fn queue_length(&self, name: &str) -> Result<i64> {
+        self.number_in_debugfs("queues", name)
+    }
+
+    fn number_in_debugfs(&self, file: &str, name: &str) -> Result<i64> {
+        let text = self.sh(&format!("cat /sys/kernel/debug/virtio_vsock_rs/{file}"))?;
         let line = text
             .lines()
             .filter_map(|line| line.split_once(' '))
-            .find(|(counter, _)| *counter == name);
-        let (_, value) = line.with_context(|| format!("there is no counter {name} in {text:?}"))?;
+            .find(|(is, _)| *is == name);
+        let (_, value) = line.with_context(|| format!("there is no {name} in {text:?}"))?;
         Ok(value.parse()?)
     }
 
-    /// Waits until our driver has stopped receiving, because the device takes no answers: 128 of them wait.
+    /// Waits until our driver has stopped receiving, because the device takes no answers and as many as may be wait.
     pub fn wait_congested(&self) -> Result<()> {
-        let mut received_before = None;
         wait_for("the guest to stop receiving", || {
-            let received = self.counter("rx_packets")?;
-            let stands_still = received_before.replace(received) == Some(received);
-            let has_answers = self.counter("tx_waited")? >= WAITING_ANSWERS;
-            Ok(stands_still && has_answers && self.device.posted_buffers().0 == 0)
-        })
+            Ok(self.queue_length("rx_is_stopped")? == 1 && self.device.posted_buffers().0 == 0)
+        })?;
+        expect_eq(
+            "answers that wait",
+            self.queue_length("tx_waiting_replies")?,
+            WAITING_ANSWERS,
+        )
     }
 
     /// Waits until a counter of our driver is at least `value`.

@@ -36,6 +36,14 @@ pub struct HowFar {
     pub error: Option<String>,
 }
 
+/// A completion of sends with MSG_ZEROCOPY: of which calls, both ends included, and whether the kernel has copied what they sent.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+pub struct Completion {
+    pub first: u32,
+    pub last: u32,
+    pub is_copied: bool,
+}
+
 /// A socket as the kernel's diagnostics show it: addresses are CID and port.
 #[derive(Debug, Deserialize)]
 pub struct ShownSocket {
@@ -215,6 +223,11 @@ impl Agent {
             "getsockopt",
             json!({"fd": fd, "level": level, "name": name, "len": len}),
         )
+    }
+
+    /// The completions of sends with MSG_ZEROCOPY that are there.
+    pub fn zero_copy_completions(&self, fd: i32) -> Call<Vec<Completion>> {
+        self.system_call("zero_copy_completions", json!({"fd": fd}))
     }
 
     pub fn siocinq(&self, fd: i32) -> Call<i32> {

@@ -10,6 +10,7 @@ pub mod file_transfer;
 mod hardware;
 mod hostile;
 mod lifecycle;
+mod messages;
 pub mod migration;
 mod namespaces;
 mod observe;
@@ -84,6 +85,7 @@ tests! {
     stream: between_guests, over_the_bridge, connect_refused, connect_timeout, nonblocking_connect, backlog_full,
         bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data,
         ports_used_anew, close_timeout, linger, epipe, shutdown_after_the_end, many_connections;
+    messages: without_room, waits_for_room, unreadable_end, many_short_ones;
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,
         updates_are_few, no_updates_at_the_end, no_update_answers_the_end, room_beside_an_unread_message,
         low_water_mark, message_below_the_mark, ioctls, epoll_edges, buffer_size_limits;
@@ -100,11 +102,11 @@ tests! {
     units: migrated_service, journal_is_forwarded;
     sharing: fairness, order_is_kept, memory_of_small_packets, cpu_in_a_flood;
     namespaces: global_mode, local_mode;
-    hardware: ring_sizes, without_ring_features, kinds_of_sockets, platform_dma, full_bounce_pool, mmio, needs_reset;
+    hardware: ring_sizes, without_ring_features, zero_copy, kinds_of_sockets, platform_dma, full_bounce_pool, mmio, needs_reset;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
         hotplug, two_devices, suspend;
     upstream: vsock_test, vsock_diag_test, vsock_uring_test;
-    observe: vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics, sockmap;
+    observe: counters, queue_lengths, vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics, sockmap;
     hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, tx_not_consumed,
         reply_flood, credit_request_flood;
 }
@@ -115,7 +117,8 @@ tests_on_packed_rings! {
     checkpoint: packets_before_and_after, behind_a_flood, again_and_again;
     migration: traffic_goes_on;
     sharing: fairness;
-    hardware: ring_sizes, without_ring_features, platform_dma, full_bounce_pool, mmio;
+    messages: waits_for_room, unreadable_end;
+    hardware: ring_sizes, zero_copy, without_ring_features, platform_dma, full_bounce_pool, mmio;
     lifecycle: unbind_in_a_loop, hotplug, suspend;
     hostile: malformed_packets, forged_completions;
 }

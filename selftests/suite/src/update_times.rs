@@ -86,7 +86,7 @@ pub fn bench(env: &Env, runs: u32) -> Result<Times> {
         rows.push(Row { count, times });
     }
     ensure!(
-        guest.counter("reset_connections")? == 0 && guest.counter("refused_updates")? == 0,
+        guest.counter("resets_by_transport")? == 0 && guest.counter("refused_updates")? == 0,
         "connections were reset"
     );
     lab.remove_files();

@@ -215,7 +215,7 @@ pub fn connections_go_on(lab: &Lab) -> Result<()> {
     expect_eq("kept connections", guest.counter("kept_connections")?, 4)?;
     expect_eq(
         "connections that were reset",
-        guest.counter("reset_connections")?,
+        guest.counter("resets_by_transport")?,
         0,
     )
 }

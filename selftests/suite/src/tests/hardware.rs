@@ -14,7 +14,7 @@ use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY, LIMIT, PORT, SEQPACKET,
     STREAM,
 };
-use crate::machine::{Bus, Hardware};
+use crate::machine::{Bus, Hardware, DEFAULT_RING};
 use crate::Driver;
 
 /// The bound on receive buffers of Documentation/data-path.md.
@@ -59,6 +59,62 @@ pub fn ring_sizes(lab: &Lab) -> Result<()> {
                 rx <= MAX_RX_BUFFERS,
                 "the device has {rx} receive buffers with a ring of {ring}"
             );
+        }
+        lab.end_machines()?;
+    }
+    Ok(())
+}
+
+/// Pieces of memory that MSG_ZEROCOPY sends with one call, in pages of their own.
+struct Pieces {
+    count: usize,
+    /// How long each is, in bytes.
+    len: usize,
+}
+
+/// Sends with MSG_ZEROCOPY; says whether the completion says that the kernel has copied.
+fn is_copied(guest: &Guest, peer: &Peer, fd: i32, pieces: &Pieces) -> Result<bool> {
+    let len = pieces.count * pieces.len;
+    let params = json!({"fd": fd, "pieces": pieces.count, "len": pieces.len});
+    let sent: usize = guest.start("send_zero_copy_pieces", params).wait(LIMIT)?;
+    expect_eq("bytes sent", sent, len)?;
+    let mut received = 0;
+    while received < len {
+        received += peer.expect(Op::RW)?.payload.len();
+    }
+    let mut completions = Vec::new();
+    wait_for("the completion", || {
+        completions.extend(guest.zero_copy_completions(fd)?);
+        Ok(!completions.is_empty())
+    })?;
+    ensure!(
+        completions.len() == 1,
+        "one call has the completions {completions:?}"
+    );
+    Ok(completions[0].is_copied)
+}
+
+/// MSG_ZEROCOPY sends the caller's pages where the ring takes as many as a packet may have, and otherwise a copy; so it does where
+/// the caller's memory is in more pieces than a packet has room for. The completion says which.
+pub fn zero_copy(lab: &Lab) -> Result<()> {
+    for (ring, copies) in [(4, true), (DEFAULT_RING, false)] {
+        let guest = lab.guest_on(&Hardware {
+            ring,
+            ..Hardware::default()
+        })?;
+        let listener = guest.listener(PORT)?;
+        let peer = Peer::connect(&guest)?;
+        let fd = guest.accept(listener)?;
+        let on = 1_i32.to_ne_bytes();
+        guest.set_option(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, &on)?;
+        let few = Pieces { count: 5, len: 100 };
+        let many = Pieces {
+            count: 40,
+            len: 100,
+        };
+        for (pieces, should) in [(&few, copies), (&many, true), (&few, copies)] {
+            let what = format!("{} pieces on a ring of {ring} copied", pieces.count);
+            expect_eq(&what, is_copied(&guest, &peer, fd, pieces)?, should)?;
         }
         lab.end_machines()?;
     }

@@ -9,8 +9,12 @@ use serde_json::json;
 
 use vsock_device::packet::Op;
 
-use crate::lab::{expect_eq, wait_for, Guest, Lab, Peer, GUEST_CID, LIMIT, PORT};
-use crate::sockets::{ESTABLISHED, LISTEN};
+use super::lifecycle::UNBIND;
+use crate::lab::{
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, GUEST_CID, LIMIT, PORT, STREAM,
+};
+use crate::machine::DEFAULT_RING;
+use crate::sockets::{HowFar, ESTABLISHED, LISTEN};
 use crate::Driver;
 
 const HOST_CID: u32 = vsock_device::HOST_CID as u32;
@@ -28,9 +32,13 @@ struct Captured {
     source: (u64, u32),
     destination: (u64, u32),
     purpose: u16,
+    transport: u16,
     operation: u16,
     payload: Vec<u8>,
 }
+
+/// `AF_VSOCK_TRANSPORT_VIRTIO`: a header of virtio follows.
+const TRANSPORT_VIRTIO: u16 = 2;
 
 impl Captured {
     fn parse(bytes: &[u8]) -> Option<Self> {
@@ -42,6 +50,7 @@ impl Captured {
             source: (u64_at(0)?, u32_at(16)?),
             destination: (u64_at(8)?, u32_at(20)?),
             purpose: u16_at(24)?,
+            transport: u16_at(26)?,
             operation: u16_at(MONITOR_HEADER + 30)?,
             payload: bytes.get(MONITOR_HEADER + header_len..)?.to_vec(),
         })
@@ -70,6 +79,242 @@ fn next_capture(guest: &Guest, fd: i32, operation: u16) -> Result<Captured> {
     }
 }
 
+/// What counters are more than they were, by name.
+fn growth(guest: &Guest, before: &[(&str, i64)]) -> Result<Vec<(String, i64)>> {
+    let grown =
+        |(name, before): &(&str, i64)| Ok((name.to_string(), guest.counter(name)? - before));
+    before.iter().map(grown).collect()
+}
+
+/// That what happens in `act` adds to counters what it should.
+fn expect_counted(
+    guest: &Guest,
+    should: &[(&str, i64)],
+    act: impl FnOnce() -> Result<()>,
+) -> Result<()> {
+    let names = should.iter().map(|(name, _)| *name);
+    let before: Vec<(&str, i64)> = names
+        .map(|name| Ok((name, guest.counter(name)?)))
+        .collect::<Result<_>>()?;
+    act()?;
+    let should: Vec<(String, i64)> = should
+        .iter()
+        .map(|(name, by)| (name.to_string(), *by))
+        .collect();
+    let mut is = Vec::new();
+    let counted = wait_for("the counters", || {
+        is = growth(guest, &before)?;
+        Ok(is == should)
+    });
+    counted.with_context(|| format!("the counters grew by {is:?} instead of {should:?}"))
+}
+
+/// Counters of packets, of senders without room, of RST in both directions, and of resets by their cause.
+pub fn counters(lab: &Lab) -> Result<()> {
+    const BUFFER: u32 = 256 * 1024;
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let mut peer = Peer::connect(&guest)?;
+    let fd = guest.accept(listener)?;
+    expect_counted(
+        &guest,
+        &[
+            ("rx_packets", 2),
+            ("rx_bytes", 7),
+            ("tx_packets", 1),
+            ("tx_bytes", 0),
+            ("credit_updates", 1),
+        ],
+        || {
+            peer.send_payload(b"payload");
+            peer.send(Op::CREDIT_REQUEST);
+            peer.expect(Op::CREDIT_UPDATE).map(drop)
+        },
+    )?;
+    expect_counted(&guest, &[("tx_packets", 1), ("tx_bytes", 6)], || {
+        guest.send(fd, "answer")?;
+        peer.expect(Op::RW).map(drop)
+    })?;
+    let fill = |guest: &Guest| -> Result<u64> {
+        // More than fits, so that it ends with EAGAIN.
+        guest.set_nonblocking(fd, true)?;
+        let sent: HowFar = guest.start_send_pattern_until_error(fd, 1).wait(LIMIT)?;
+        expect_eq("the error", sent.error.as_deref(), Some("EAGAIN"))?;
+        expect_errno("send()", guest.send(fd, "x"), "EAGAIN")?;
+        guest.set_nonblocking(fd, false)?;
+        Ok(sent.bytes)
+    };
+    let mut sent = 6;
+    expect_counted(
+        &guest,
+        &[("credit_stalls", 1), ("device_stalls", 0)],
+        || {
+            sent += fill(&guest)?;
+            Ok(())
+        },
+    )?;
+    // A peer that has room for more than the device has taken.
+    guest.device.hold_tx(true);
+    peer.set_credit(BUFFER, sent as u32);
+    peer.send(Op::CREDIT_UPDATE);
+    wait_for("room", || {
+        Ok(guest.poll(fd, libc::POLLOUT, LIMIT)? == libc::POLLOUT)
+    })?;
+    expect_counted(
+        &guest,
+        &[("credit_stalls", 1), ("device_stalls", 1)],
+        || {
+            sent += fill(&guest)?;
+            peer.set_credit(BUFFER, sent as u32);
+            peer.send(Op::CREDIT_UPDATE);
+            guest.device.wait_delivered(LIMIT)?;
+            expect_errno(
+                "send()",
+                guest.send_flags(fd, "x", libc::MSG_DONTWAIT),
+                "EAGAIN",
+            )
+        },
+    )?;
+    guest.device.hold_tx(false);
+    expect_counted(&guest, &[("resets_by_peer", 1)], || {
+        peer.send(Op::RST);
+        Ok(())
+    })?;
+    guest.close(fd)?;
+    peer.drain();
+
+    let connect = |peer: &Peer| -> Result<i32> {
+        peer.send(Op::REQUEST);
+        peer.find(Op::RESPONSE)?;
+        Ok(guest.accept(listener)?)
+    };
+    peer.set_credit(BUFFER, 0);
+    connect(&peer)?;
+    expect_counted(&guest, &[("resets_by_new_request", 1)], || {
+        peer.send(Op::REQUEST);
+        peer.find(Op::RST).map(drop)
+    })?;
+    connect(&peer)?;
+    expect_counted(&guest, &[("resets_by_credit", 1)], || {
+        for _ in 0..=BUFFER / 2048 {
+            peer.send_payload(&[0; 2048]);
+        }
+        peer.find(Op::RST).map(drop)
+    })?;
+    expect_counted(
+        &guest,
+        &[
+            ("refused_requests", 1),
+            ("rst_no_connection", 1),
+            ("unknown_type", 1),
+        ],
+        || {
+            let mut stray = peer.packet(Op::REQUEST);
+            stray.dst_port = PORT + 1;
+            guest.device.inject(stray.clone());
+            peer.find(Op::RST)?;
+            stray.op = Op::RW;
+            guest.device.inject(stray.clone());
+            peer.find(Op::RST)?;
+            stray.socket_type = 99;
+            stray.op = Op::RST;
+            guest.device.inject(stray);
+            Ok(())
+        },
+    )?;
+    expect_counted(&guest, &[("refused_connects", 1)], || {
+        let connecting = guest.start_connect(guest.socket(STREAM)?, HOST_CID, PORT);
+        let request = peer.find(Op::REQUEST)?;
+        peer.set_ports(PORT, request.src_port);
+        peer.send(Op::RST);
+        expect_errno("connect()", connecting.wait::<()>(LIMIT), "ECONNRESET")
+    })?;
+    peer.set_ports(KEPT_PORT, PORT);
+    let fd = connect(&peer)?;
+    expect_counted(&guest, &[("resets_by_close_timeout", 1)], || {
+        guest.close(fd)?;
+        peer.find(Op::SHUTDOWN)?;
+        peer.find(Op::RST).map(drop)
+    })?;
+    connect(&peer)?;
+    expect_counted(
+        &guest,
+        &[("transport_resets", 1), ("resets_by_transport", 1)],
+        || {
+            guest.device.transport_reset(u64::from(GUEST_CID));
+            Ok(())
+        },
+    )?;
+    // Packets that the device has not even got are lost with it.
+    const WAITING: i64 = 10;
+    let fd = connect(&peer)?;
+    guest.device.hold_tx(true);
+    guest
+        .start_send_small(fd, u64::from(DEFAULT_RING) + WAITING as u64)
+        .wait::<u64>(LIMIT)?;
+    wait_lengths(&guest, &[("tx_waiting", WAITING)])?;
+    expect_counted(
+        &guest,
+        &[("resets_by_device_loss", 1), ("dropped_tx", WAITING)],
+        || guest.sh(UNBIND).map(drop),
+    )
+}
+
+/// That queues come to have lengths.
+fn wait_lengths(guest: &Guest, should: &[(&str, i64)]) -> Result<()> {
+    let mut is = Vec::new();
+    let waited = wait_for("the lengths", || {
+        is = should
+            .iter()
+            .map(|(name, _)| Ok((*name, guest.queue_length(name)?)))
+            .collect::<Result<_>>()?;
+        Ok(is == should)
+    });
+    waited.with_context(|| format!("the lengths are {is:?} instead of {should:?}"))
+}
+
+/// How much waits, while the device takes no packets and afterwards.
+pub fn queue_lengths(lab: &Lab) -> Result<()> {
+    const EVENT_BUFFERS: i64 = 8;
+    const WAITING: i64 = 20;
+    let ring = i64::from(DEFAULT_RING);
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    let fd = guest.accept(listener)?;
+    guest.device.hold_tx(true);
+    let sent: i64 = guest
+        .start_send_small(fd, (ring + WAITING) as u64)
+        .wait(LIMIT)?;
+    peer.send(Op::CREDIT_REQUEST);
+    let full = [
+        ("tx_in_flight", ring),
+        ("tx_waiting", sent - ring + 1),
+        ("tx_waiting_replies", 1),
+        ("rx_is_stopped", 0),
+    ];
+    wait_lengths(&guest, &full)?;
+    guest.device.hold_tx(false);
+    for _ in 0..sent {
+        peer.find(Op::RW)?;
+    }
+    let empty = full.map(|(name, _)| (name, 0));
+    wait_lengths(&guest, &empty)?;
+    expect_eq(
+        "buffers for events",
+        guest.queue_length("event_buffers")?,
+        EVENT_BUFFERS,
+    )?;
+    let rx_buffers = guest.queue_length("rx_buffers")?;
+    ensure!(
+        (1..=ring).contains(&rx_buffers),
+        "{rx_buffers} buffers for packets on a ring of {ring}"
+    );
+    guest.sh(UNBIND)?;
+    wait_lengths(&guest, &empty)?;
+    wait_lengths(&guest, &[("event_buffers", 0), ("rx_buffers", 0)])
+}
+
 /// A vsockmon device captures packets in both directions, in the format of its header.
 pub fn vsockmon(lab: &Lab) -> Result<()> {
     const REQUEST: u16 = 1;
@@ -88,6 +333,7 @@ pub fn vsockmon(lab: &Lab) -> Result<()> {
         source,
         destination,
         purpose,
+        transport: TRANSPORT_VIRTIO,
         operation,
         payload: payload.to_vec(),
     };
@@ -142,6 +388,8 @@ pub fn vsockmon_of_waiting_packets(lab: &Lab) -> Result<()> {
     }
     let capture = start_capture(&guest)?;
     guest.device.hold_tx(true);
+    // So that the first packet for which there is no room is one of the connection that ends.
+    guest.send(fds[0], "before the others")?;
     for at in 0..PACKETS {
         for fd in &fds {
             guest.send(*fd, &format!("packet {at}"))?;
@@ -158,7 +406,7 @@ pub fn vsockmon_of_waiting_packets(lab: &Lab) -> Result<()> {
 
     let mut came = 0;
     let mut came_of_other = 0;
-    while came < PACKETS {
+    while came <= PACKETS {
         let packet = peer.next("what waited")?;
         let captured = next_capture(&guest, capture, Op::RW.0)?;
         expect_eq("the capture", captured.payload, packet.payload)?;
@@ -207,7 +455,29 @@ pub fn tracepoints(lab: &Lab) -> Result<()> {
                 .contains(&expected))
         })?;
     }
-    // Programs such as perf show the names by the numbers that the formats have.
+    // Programs such as perf count them.
+    let mut counters = Vec::new();
+    for event in guest
+        .sh(&format!(
+            "cat /sys/kernel/debug/tracing/events/{events}/*/id"
+        ))?
+        .split_whitespace()
+    {
+        let id: u64 = event.parse()?;
+        let fds: Vec<i32> = guest
+            .start("count_tracepoint", json!({"number": id}))
+            .wait(LIMIT)?;
+        counters.extend(fds);
+    }
+    guest.send(fd, "counted")?;
+    stream.read_exact(&mut answer)?;
+    wait_for("a count of the tracepoints", || {
+        let count: u64 = guest
+            .start("read_counters", json!({"fds": counters}))
+            .wait(LIMIT)?;
+        Ok(count > 0)
+    })?;
+    // They show the names by the numbers that the formats have.
     let formats = guest.sh(&format!(
         "cat /sys/kernel/debug/tracing/events/{events}/*/format"
     ))?;

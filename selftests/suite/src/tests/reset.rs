@@ -498,11 +498,8 @@ pub fn zerocopy_completions(lab: &Lab) -> Result<()> {
     guest.device.hold_tx(false);
     let mut completed = vec![false; sends];
     wait_for(&format!("the completions of {sends} sends"), || {
-        let ranges: Vec<(u32, u32)> = guest
-            .start("zero_copy_completions", json!({"fd": in_queues}))
-            .wait(LIMIT)?;
-        for (first, last) in ranges {
-            for number in first..=last {
+        for completion in guest.zero_copy_completions(in_queues)? {
+            for number in completion.first..=completion.last {
                 let completed = completed
                     .get_mut(number as usize)
                     .with_context(|| format!("a completion of send {number}, of {sends}"))?;
@@ -564,7 +561,7 @@ pub fn late_rst_does_not_hide_it(lab: &Lab) -> Result<()> {
     let fd = guest.socket(STREAM)?;
     let peer = Peer::accept(&guest, fd)?;
     guest.device.transport_reset(u64::from(GUEST_CID));
-    guest.wait_counter("reset_connections", 1)?;
+    guest.wait_counter("resets_by_transport", 1)?;
     peer.send(Op::RST);
     peer.send_payload(b"stale");
     guest.device.wait_delivered(LIMIT)?;

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Single messages: out of memory of which a part cannot be read, and with the flags that they come with.
+
+use std::io;
+use std::os::fd::RawFd;
+
+use anyhow::{ensure, Result};
+use serde_json::{json, Value};
+
+use crate::sys::check;
+
+/// What messages sent by [`send_bytes`] are full of.
+const FILLING: u8 = b'm';
+
+/// The `number`th of many short messages: what it is full of, how long it is, and whether it ends a record.
+fn short_message(number: u64) -> (u8, usize, bool) {
+    (number as u8, 1 + (number % 7) as usize, number % 3 == 0)
+}
+
+/// Memory of its own.
+struct Mapping {
+    start: *mut libc::c_void,
+    len: usize,
+}
+
+impl Mapping {
+    fn new(len: usize) -> io::Result<Self> {
+        // SAFETY: The kernel chooses where.
+        let start = unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        };
+        if start == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Self { start, len })
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: Nobody uses the mapping any more.
+        unsafe { libc::munmap(self.start, self.len) };
+    }
+}
+
+/// Sends `len` bytes with one call, of which those from `readable` on, a whole number of pages, cannot be read.
+pub fn send_bytes(fd: RawFd, len: usize, readable: Option<usize>, flags: i32) -> Result<usize> {
+    let mapping = Mapping::new(len)?;
+    // SAFETY: The mapping is as long, and protected from `readable` on where that is inside; so is what send() is told.
+    unsafe {
+        mapping.start.cast::<u8>().write_bytes(FILLING, len);
+        if let Some(readable) = readable.filter(|readable| *readable < len) {
+            let unreadable = mapping.start.byte_add(readable);
+            check(libc::mprotect(unreadable, len - readable, libc::PROT_NONE))?;
+        }
+        let sent = libc::send(fd, mapping.start, len, flags | libc::MSG_NOSIGNAL);
+        usize::try_from(sent).map_err(|_| io::Error::last_os_error().into())
+    }
+}
+
+/// Receives up to `len` bytes of a message; returns what the call said, the bytes, and the flags of the message.
+fn recv(fd: RawFd, len: usize, flags: i32) -> io::Result<(usize, Vec<u8>, i32)> {
+    let mut bytes = vec![0_u8; len];
+    let mut part = libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: len,
+    };
+    // SAFETY: All-zero is a valid message; the buffer lives, and is as long as is said.
+    let (said, flags) = unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &raw mut part;
+        message.msg_iovlen = 1;
+        let said = libc::recvmsg(fd, &mut message, flags);
+        (said, message.msg_flags)
+    };
+    let said = usize::try_from(said).map_err(|_| io::Error::last_os_error())?;
+    bytes.truncate(said);
+    Ok((said, bytes, flags))
+}
+
+/// The same, with the flags that are of interest by name.
+pub fn recv_message(fd: RawFd, len: usize, flags: i32) -> Result<Value> {
+    let (said, bytes, flags) = recv(fd, len, flags)?;
+    Ok(json!({
+        "len": said,
+        "bytes": bytes,
+        "ends_record": flags & libc::MSG_EOR != 0,
+        "is_cut": flags & libc::MSG_TRUNC != 0,
+    }))
+}
+
+/// Receives so many short messages; an error where one is not what it should be.
+pub fn recv_short_messages(fd: RawFd, count: u64) -> Result<u64> {
+    for number in 0..count {
+        let (_, bytes, flags) = recv(fd, 100, 0)?;
+        let (filling, len, ends_record) = short_message(number);
+        let is = (&bytes[..], flags & libc::MSG_EOR != 0);
+        ensure!(
+            is == (&vec![filling; len][..], ends_record),
+            "message {number} is {is:?}"
+        );
+    }
+    Ok(count)
+}

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Messages of seqpacket sockets: each comes whole, alone, or not at all.
+
+use std::time::Duration;
+
+use anyhow::{ensure, Result};
+use serde::Deserialize;
+use serde_json::json;
+use vsock_device::packet::{SEQ_EOM, SEQ_EOR};
+use vsock_device::{Op, Packet};
+
+use crate::agent::Pending;
+use crate::lab::{
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY, LIMIT, PORT, SEQPACKET,
+};
+use crate::sockets::Call;
+
+const PAGE: usize = 4096;
+
+/// What the agent's messages are full of.
+const FILLING: u8 = b'm';
+
+/// A connection whose peer has a buffer of `buf_alloc` bytes.
+fn connection(guest: &Guest, buf_alloc: u32) -> Result<(Peer<'_>, i32)> {
+    let fd = guest.socket(SEQPACKET)?;
+    let mut peer = Peer::accept(guest, fd)?;
+    give_credit(&mut peer, buf_alloc, 0)?;
+    Ok((peer, fd))
+}
+
+/// Tells the guest of the peer's buffer, and waits until it knows.
+fn give_credit(peer: &mut Peer, buf_alloc: u32, fwd_cnt: u32) -> Result<()> {
+    peer.set_credit(buf_alloc, fwd_cnt);
+    peer.send(Op::CREDIT_REQUEST);
+    peer.expect(Op::CREDIT_UPDATE).map(drop)
+}
+
+fn start_send(guest: &Guest, fd: i32, len: usize, flags: i32) -> Pending {
+    let params = json!({"fd": fd, "len": len, "flags": flags});
+    guest.start("send_bytes", params)
+}
+
+fn send(guest: &Guest, fd: i32, len: usize, flags: i32) -> Call<usize> {
+    start_send(guest, fd, len, flags).wait(LIMIT)
+}
+
+/// The next message that the peer gets: its packets up to the one that ends it.
+fn receive(peer: &Peer) -> Result<Vec<u8>> {
+    let mut message = Vec::new();
+    loop {
+        let packet = peer.expect(Op::RW)?;
+        message.extend(packet.payload);
+        if packet.flags & SEQ_EOM != 0 {
+            return Ok(message);
+        }
+    }
+}
+
+fn expect_message(peer: &Peer, len: usize) -> Result<()> {
+    let message = receive(peer)?;
+    expect_eq("the message's length", message.len(), len)?;
+    expect_eq("the message", message, vec![FILLING; len])
+}
+
+/// A sender that finds too little room for a message, and does not wait for it, leaves nothing of it with the peer.
+pub fn without_room(lab: &Lab) -> Result<()> {
+    const BUFFER: u32 = 100_000;
+    const FIRST: usize = 30_000;
+    const LONG: usize = 90_000;
+    let guest = lab.guest()?;
+    let (mut peer, fd) = connection(&guest, BUFFER)?;
+    expect_eq("send()", send(&guest, fd, FIRST, 0)?, FIRST)?;
+    expect_message(&peer, FIRST)?;
+    let too_long = send(&guest, fd, BUFFER as usize + 1, 0);
+    expect_errno("send() of too much", too_long, "EMSGSIZE")?;
+    for flags in [libc::MSG_DONTWAIT, 0] {
+        // Without MSG_DONTWAIT it waits for so long.
+        let timeout = [0, A_WHILE.as_micros() as u64]
+            .map(u64::to_ne_bytes)
+            .concat();
+        guest.set_option(fd, libc::SOL_SOCKET, libc::SO_SNDTIMEO, &timeout)?;
+        expect_errno("send()", send(&guest, fd, LONG, flags), "EAGAIN")?;
+        peer.expect_silence()?;
+        expect_eq("poll()", guest.poll(fd, libc::POLLOUT, Duration::ZERO)?, 0)?;
+    }
+    // What there is room for goes, and does not wait for that.
+    expect_eq(
+        "send() of less",
+        send(&guest, fd, 10, libc::MSG_DONTWAIT)?,
+        10,
+    )?;
+    expect_message(&peer, 10)?;
+    expect_errno(
+        "send() again",
+        send(&guest, fd, LONG, libc::MSG_DONTWAIT),
+        "EAGAIN",
+    )?;
+    let polling = guest.start_poll(fd, libc::POLLOUT, LIMIT);
+    polling.expect_blocked(A_WHILE)?;
+    // More room, though not enough.
+    give_credit(&mut peer, BUFFER, 10_000)?;
+    polling.expect_blocked(A_WHILE)?;
+    give_credit(&mut peer, BUFFER, FIRST as u32)?;
+    expect_eq("poll()", polling.wait::<i16>(LIMIT)?, libc::POLLOUT)?;
+    expect_eq("send()", send(&guest, fd, LONG, libc::MSG_DONTWAIT)?, LONG)?;
+    expect_message(&peer, LONG)
+}
+
+/// A message that waits for room goes as a whole when there is some; one of another sender does not come in between.
+pub fn waits_for_room(lab: &Lab) -> Result<()> {
+    const BUFFER: u32 = 200_000;
+    const FIRST: usize = 60_000;
+    const LONG: usize = 170_000;
+    const SHORT: usize = 1_000;
+    let guest = lab.guest()?;
+    let (mut peer, fd) = connection(&guest, BUFFER)?;
+    expect_eq("send()", send(&guest, fd, FIRST, 0)?, FIRST)?;
+    expect_message(&peer, FIRST)?;
+    let sending = start_send(&guest, fd, LONG, 0);
+    sending.expect_blocked(A_WHILE)?;
+    expect_eq("send() of another", send(&guest, fd, SHORT, 0)?, SHORT)?;
+    expect_message(&peer, SHORT)?;
+    give_credit(&mut peer, BUFFER, FIRST as u32 / 2)?;
+    sending.expect_blocked(A_WHILE)?;
+    expect_eq("packets of the message", peer.drain(), vec![])?;
+    give_credit(&mut peer, BUFFER, (FIRST + SHORT) as u32)?;
+    expect_message(&peer, LONG)?;
+    expect_eq("send()", sending.wait::<usize>(LIMIT)?, LONG)?;
+    // A buffer that becomes too small for a message ends the wait for it.
+    let sending = start_send(&guest, fd, LONG, 0);
+    sending.expect_blocked(A_WHILE)?;
+    peer.set_credit(BUFFER / 2, (FIRST + SHORT) as u32);
+    peer.send(Op::CREDIT_UPDATE);
+    sending.expect_blocked(A_WHILE)?;
+    peer.set_credit(BUFFER / 2, (FIRST + SHORT + LONG) as u32);
+    peer.send(Op::CREDIT_UPDATE);
+    expect_errno("send()", sending.wait::<usize>(LIMIT), "EMSGSIZE")
+}
+
+/// A message of which the end cannot be read fails, and nothing of it comes to the peer.
+pub fn unreadable_end(lab: &Lab) -> Result<()> {
+    const LEN: usize = 50 * PAGE;
+    // Behind the first packet, which has 64 KiB.
+    const READABLE: usize = 30 * PAGE;
+    let guest = lab.guest()?;
+    const BUFFER: u32 = 256 * 1024;
+    let (mut peer, fd) = connection(&guest, BUFFER)?;
+    let mut received = 0;
+    let on = 1_i32.to_ne_bytes();
+    guest.set_option(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, &on)?;
+    for (flags, error) in [(0, "EFAULT"), (libc::MSG_ZEROCOPY, "ENOMEM")] {
+        let params = json!({"fd": fd, "len": LEN, "readable": READABLE, "flags": flags});
+        let sent: Call<usize> = guest.start("send_bytes", params).wait(LIMIT);
+        expect_errno("send()", sent, error)?;
+        peer.expect_silence()?;
+        expect_eq("SIOCOUTQ", guest.siocoutq(fd)?, 0)?;
+        expect_eq("send() of the next", send(&guest, fd, LEN, 0)?, LEN)?;
+        expect_message(&peer, LEN)?;
+        // All the credit came back, and no pages are in use.
+        expect_eq("send() of one more", send(&guest, fd, PAGE, 0)?, PAGE)?;
+        expect_message(&peer, PAGE)?;
+        expect_eq("completions", guest.zero_copy_completions(fd)?, vec![])?;
+        received += LEN + PAGE;
+        give_credit(&mut peer, BUFFER, received as u32)?;
+    }
+    Ok(())
+}
+
+/// A message as recvmsg() gives it.
+#[derive(Debug, Deserialize, PartialEq, Eq)]
+struct Received {
+    len: usize,
+    bytes: Vec<u8>,
+    ends_record: bool,
+    is_cut: bool,
+}
+
+/// Messages that share memory, because there are many short ones, keep their lengths and the ends of their records.
+pub fn many_short_ones(lab: &Lab) -> Result<()> {
+    const COUNT: u64 = 16_000;
+    let guest = lab.guest()?;
+    let listener = guest.socket(SEQPACKET)?;
+    guest.bind(listener, CID_ANY, PORT)?;
+    guest.listen(listener, 1)?;
+    let peer = Peer::connect_kind(&guest, SEQPACKET)?;
+    let fd = guest.accept(listener)?;
+    // As the agent's recv_short_messages has them.
+    let mut bytes = 0;
+    for number in 0..COUNT {
+        let payload = vec![number as u8; 1 + (number % 7) as usize];
+        bytes += payload.len();
+        let eor = if number % 3 == 0 { SEQ_EOR } else { 0 };
+        guest.device.inject(Packet {
+            payload,
+            flags: SEQ_EOM | eor,
+            ..peer.packet(Op::RW)
+        });
+    }
+    wait_for("all messages", || Ok(guest.siocinq(fd)? as usize == bytes))?;
+    let receive = |fd: i32, len: usize, flags: i32| -> Result<Received> {
+        let params = json!({"fd": fd, "len": len, "flags": flags});
+        Ok(guest.start("recv_message", params).wait(LIMIT)?)
+    };
+    let first = || Received {
+        len: 1,
+        bytes: vec![0],
+        ends_record: true,
+        is_cut: false,
+    };
+    expect_eq("the first", receive(fd, 100, libc::MSG_PEEK)?, first())?;
+    let received: u64 = guest
+        .start("recv_short_messages", json!({"fd": fd, "count": COUNT - 2}))
+        .wait(LIMIT)?;
+    expect_eq("messages", received, COUNT - 2)?;
+    // Of the one before the last a part is lost, and the last is whole.
+    let len = |number: u64| 1 + (number % 7) as usize;
+    let cut = receive(fd, 1, 0)?;
+    ensure!(len(COUNT - 2) > 1, "the message is too short for this");
+    expect_eq("what was cut", (cut.bytes.len(), cut.is_cut), (1, true))?;
+    let last = receive(fd, 100, 0)?;
+    expect_eq(
+        "the last",
+        last.bytes,
+        vec![(COUNT - 1) as u8; len(COUNT - 1)],
+    )?;
+    expect_eq("bytes that are left", guest.siocinq(fd)?, 0)
+}
