@@ -18,6 +18,7 @@ use core::ops::ControlFlow;
 use kernel::{
     alloc::AllocError,
     bitmap::BitmapVec,
+    current,
     prelude::*,
     sync::{
         atomic::{Atomic, Full, Relaxed},
@@ -204,7 +205,6 @@ impl ReceiveQueue {
             if last.control().ends.is_none() {
                 let ends = MessageEnds::new(last.len() + last.tailroom()).ok()?;
                 more_memory = ends.size();
-                last.charge_more(more_memory);
                 last.control_mut().ends = Some(ends);
             }
             if let Some(ends) = &mut last.control_mut().ends {
@@ -214,6 +214,7 @@ impl ReceiveQueue {
         if !last.append(packet) {
             return None;
         }
+        last.charge_more(more_memory);
         let len = last.len();
         last.control_mut().last = end_of(len, end);
         Some(more_memory)
@@ -237,10 +238,12 @@ pub(crate) struct Connection {
     /// Readers that were blocked when the connection was reset and still have to learn of it. Changed with the
     /// socket's lock.
     untold_readers: Atomic<u32>,
-    /// Payload that was given to [`tx`](super::tx) and not yet taken by the device, in bytes.
+    /// Payload that was given to [`tx`](super::tx) and not yet taken by the device: see [`Unsent`].
     unsent: Atomic<i64>,
     /// How much room the message needs that found too little last, in bytes. Changed with the socket's lock.
     needed_room: Atomic<u32>,
+    /// The PID of the task that sends that message. Changed with the socket's lock.
+    needed_by: Atomic<i32>,
     /// Credit updates that were given to [`tx`](super::tx) and not yet taken by the device.
     waiting_updates: Atomic<i32>,
     /// Packets that wait for room in the transmit virtqueue.
@@ -251,6 +254,33 @@ pub(crate) struct Connection {
     /// How many transport resets there had been when it was asked for. Changed with the socket's lock.
     resets_before: Atomic<u32>,
 }
+
+/// Payload that the device has not taken. One number counts both, so that this is one atomic operation: packets in its upper half,
+/// bytes in its lower one, which [`MOST_UNSENT_BYTES`] fit into.
+#[derive(Clone, Copy)]
+struct Unsent {
+    packets: u32,
+    bytes: u32,
+}
+
+impl Unsent {
+    /// What counts for a packet with `len` bytes.
+    fn of_packet(len: u32) -> i64 {
+        1 << 32 | i64::from(len)
+    }
+
+    fn from_count(count: i64) -> Self {
+        Self {
+            packets: (count >> 32) as u32,
+            bytes: count as u32,
+        }
+    }
+}
+
+/// How much payload of a connection the device may have to take, in bytes, however large the socket's buffer is, and in how many
+/// packets, which have bookkeeping of some 800 bytes each: less than `sk_wmem_alloc` of the socket can count.
+const MOST_UNSENT_BYTES: u32 = 1 << 30;
+const MOST_UNSENT_PACKETS: u32 = 1 << 20;
 
 /// How many credit updates of a connection may wait for the device before the next one takes the place of them.
 const MANY_WAITING_UPDATES: i32 = 64;
@@ -266,15 +296,25 @@ struct ConnectionState {
 }
 
 impl ConnectionState {
+    /// What may be on its way to the peer, in bytes, however much room that has.
+    fn send_limit(&self) -> u32 {
+        self.receive.buf_alloc().min(MOST_UNSENT_BYTES)
+    }
+
+    /// Bytes that the peer has room for.
+    fn available(&self) -> u32 {
+        self.send.available(self.send_limit())
+    }
+
     /// Bytes that can be sent, while the device has not taken `unsent` of those before.
     ///
     /// A peer whose `fwd_cnt` claims what the device has not even taken does not make us queue more.
-    fn sendable(&self, unsent: usize) -> u32 {
-        let limit = self.receive.buf_alloc();
-        let waiting = u32::try_from(unsent).unwrap_or(u32::MAX);
-        self.send
-            .available(limit)
-            .min(limit.saturating_sub(waiting))
+    fn sendable(&self, unsent: Unsent) -> u32 {
+        if unsent.packets >= MOST_UNSENT_PACKETS {
+            return 0;
+        }
+        let room = self.send_limit().saturating_sub(unsent.bytes);
+        self.available().min(room)
     }
 
     /// Takes out what was received and not read, to be freed without the lock.
@@ -288,13 +328,12 @@ impl ConnectionState {
 
     /// The longest message that can be sent, in bytes, once there is room for it.
     fn largest_message(&self) -> u32 {
-        self.send.largest_message(self.receive.buf_alloc())
+        self.send.largest_message(self.send_limit())
     }
 
     /// Takes up to `wanted` bytes of credit and returns how many that are.
     fn take_credit(&mut self, wanted: u32) -> u32 {
-        let limit = self.receive.buf_alloc();
-        let taken = self.send.take(wanted, limit);
+        let taken = self.send.take(wanted, self.send_limit());
         if taken > 0 {
             self.stall = None;
         }
@@ -305,9 +344,9 @@ impl ConnectionState {
 /// Why there is no room to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Stall {
-    /// The peer has none.
+    /// The peer has too little for it.
     Credit,
-    /// The device has not taken what was sent before, as much as the socket's buffer is large.
+    /// The device has not taken what was sent before, without which there would be enough.
     Device,
 }
 
@@ -325,8 +364,9 @@ pub(crate) enum ResetState {
 /// What the credit in a packet of the peer changes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PeerCredit {
-    /// More can be sent than before.
-    pub(crate) grew: bool,
+    /// Senders need not wait any more: more can be sent than before, or not even an empty buffer of the peer has room for a message
+    /// that waits.
+    pub(crate) ends_waits: bool,
     /// Linux limits what it sends by the size of its own buffer, too, so that it may need an update to go on.
     pub(crate) peer_buffer_shrank: bool,
 }
@@ -362,6 +402,7 @@ impl Connection {
                 untold_readers: Atomic::new(0),
                 unsent: Atomic::new(0),
                 needed_room: Atomic::new(0),
+                needed_by: Atomic::new(0),
                 waiting_updates: Atomic::new(0),
                 waiting,
                 guest_cid: Atomic::new(Address::CID_ANY),
@@ -421,11 +462,10 @@ impl Connection {
     /// Notes what a packet says of the peer's receive buffer.
     pub(crate) fn note_peer_credit(&self, buf_alloc: u32, fwd_cnt: u32) -> PeerCredit {
         let mut state = self.state.lock();
-        let limit = state.receive.buf_alloc();
-        let before = state.send.available(limit);
+        let (available, largest) = (state.available(), state.largest_message());
         state.send.update(buf_alloc, fwd_cnt);
         PeerCredit {
-            grew: state.send.available(limit) > before,
+            ends_waits: state.available() > available || state.largest_message() < largest,
             peer_buffer_shrank: state.receive.note_peer_buf_alloc(buf_alloc),
         }
     }
@@ -453,6 +493,7 @@ impl Connection {
         }
         if len > state.sendable(unsent) {
             self.needed_room.store(len, Relaxed);
+            self.needed_by.store(current!().pid(), Relaxed);
             return Ok(false);
         }
         state.take_credit(len);
@@ -471,31 +512,52 @@ impl Connection {
         self.state.lock().send.give_back(unused);
     }
 
-    /// Counts payload that is on its way to the device.
+    /// Counts a packet of payload that is on its way to the device.
     pub(crate) fn add_unsent(&self, len: u32) {
-        self.unsent.add(i64::from(len), Relaxed);
+        self.unsent.add(Unsent::of_packet(len), Relaxed);
     }
 
-    /// Notes that the device has taken payload, or that it was thrown away.
+    /// Notes that the device has taken such a packet, or that it was thrown away.
     pub(crate) fn remove_unsent(&self, len: u32) {
-        self.unsent.fetch_sub(i64::from(len), Relaxed);
+        self.unsent.fetch_sub(Unsent::of_packet(len), Relaxed);
     }
 
-    /// Bytes that the device has not taken yet.
-    fn unsent(&self) -> usize {
-        usize::try_from(self.unsent.load(Relaxed)).unwrap_or(0)
+    /// What the device has not taken yet.
+    fn unsent(&self) -> Unsent {
+        Unsent::from_count(self.unsent.load(Relaxed))
     }
 
-    /// The same, for a task that waits for fewer. The core has put it into the list of those to wake, without a barrier;
+    /// The same, for a task that waits for less. The core has put it into the list of those to wake, without a barrier;
     /// whoever lowers the count without the socket's lock looks at that list afterwards.
-    pub(crate) fn unsent_for_waiter(&self) -> usize {
-        usize::try_from(self.unsent.fetch_add(0, Full)).unwrap_or(0)
+    fn unsent_for_waiter(&self) -> Unsent {
+        Unsent::from_count(self.unsent.fetch_add(0, Full))
     }
 
-    /// Bytes that can be sent; 0 where a message waits for more.
+    /// Bytes that the device has not taken yet, for a task that waits for fewer.
+    pub(crate) fn unsent_bytes(&self) -> usize {
+        self.unsent_for_waiter().bytes as usize
+    }
+
+    /// Bytes that can be sent; 0 where the message that found too little room last needs more.
     pub(crate) fn writable(&self) -> u32 {
+        self.room_for(self.needed_room.load(Relaxed))
+    }
+
+    /// Bytes that can be sent by the current task; 0 where its message needs more.
+    pub(crate) fn room_to_send(&self) -> u32 {
+        self.room_for(self.needed_by_sender())
+    }
+
+    /// How much room the message needs for which the current task has found too little, in bytes.
+    fn needed_by_sender(&self) -> u32 {
+        match self.needed_by.load(Relaxed) == current!().pid() {
+            true => self.needed_room.load(Relaxed),
+            false => 0,
+        }
+    }
+
+    fn room_for(&self, needed: u32) -> u32 {
         let unsent = self.unsent_for_waiter();
-        let needed = self.needed_room.load(Relaxed);
         let state = self.state.lock();
         let room = state.sendable(unsent);
         // Where a buffer has become smaller meanwhile the sender learns that the message is too long.
@@ -505,12 +567,13 @@ impl Connection {
         }
     }
 
-    /// Notes that a sender has found no room. Says why, where that is news since something was sent.
+    /// Notes that the current task has found no room to send. Says why, where that is news since something was sent.
     pub(crate) fn note_stall(&self) -> Option<Stall> {
-        let needed = self.needed_room.load(Relaxed);
+        let needed = self.needed_by_sender().max(1);
+        let unsent = self.unsent().bytes;
         let mut state = self.state.lock();
-        let limit = state.receive.buf_alloc();
-        let stall = match state.send.available(limit) < needed.max(1) {
+        // The peer cannot have read what the device has not taken.
+        let stall = match state.available().saturating_add(unsent) < needed {
             true => Stall::Credit,
             false => Stall::Device,
         };

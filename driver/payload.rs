@@ -131,10 +131,14 @@ impl VsockDriver {
         Ok(packets)
     }
 
-    /// Sends the packets of a message. Where the first can be sent, so can the others, unless the device goes away.
+    /// Sends the packets of a message. Where the first can be sent, so can the others, unless the device fails.
     fn transmit_message(self: ArcBorrow<'_, Self>, mut packets: SkBuffQueue<Outgoing>) -> Result {
+        if let Some(first) = packets.pop_front() {
+            self.transmit_payload(first)?;
+        }
         while let Some(packet) = packets.pop_front() {
-            self.transmit_payload(packet)?;
+            // The connection cannot go on without the rest.
+            self.transmit_payload(packet).map_err(|_| EIO)?;
         }
         Ok(())
     }

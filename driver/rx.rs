@@ -323,7 +323,7 @@ impl VsockDriver {
             return;
         }
         let credit = connection.note_peer_credit(header.buf_alloc, header.fwd_cnt);
-        if credit.grew {
+        if credit.ends_waits {
             socket.write_space();
         }
         let step = step(state, socket.peer_shutdown().bits(), header);
@@ -361,7 +361,9 @@ impl VsockDriver {
                 self.peer_shut_down(socket, connection, Directions::from_bits(directions));
             }
             Step::PeerClosed => {
-                if state == State::Established && socket.peer_shutdown() != Directions::BOTH {
+                let is_closed = socket.peer_shutdown() == Directions::BOTH
+                    || connection.has_sent_shutdown(Directions::BOTH.bits());
+                if state == State::Established && !is_closed {
                     self.statistics.resets_by_peer.increment();
                 }
                 self.cancel_waiting(&connection);

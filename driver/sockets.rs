@@ -259,7 +259,9 @@ impl Transport for VsockDriver {
     }
 
     fn room_to_send(&self, connection: &Connection) -> usize {
-        let room = Self::writable(connection);
+        // Nobody waits for room in a connection that was reset.
+        let is_reset = connection.reset_state() != ResetState::No;
+        let room = (connection.room_to_send() as usize).max(is_reset.into());
         if room == 0 {
             match connection.note_stall() {
                 Some(Stall::Credit) => self.statistics.credit_stalls.increment(),
@@ -271,14 +273,13 @@ impl Transport for VsockDriver {
     }
 
     fn writable(connection: &Connection) -> usize {
-        // Nobody waits for room in a connection that was reset.
         let is_reset = connection.reset_state() != ResetState::No;
         (connection.writable() as usize).max(is_reset.into())
     }
 
     fn unsent(connection: &Connection) -> usize {
         // First, for it has the barrier.
-        let unsent = connection.unsent_for_waiter();
+        let unsent = connection.unsent_bytes();
         match connection.reset_state() {
             ResetState::No => unsent,
             // What the device still has of it goes nowhere, and a close() that lingers need not wait for it.

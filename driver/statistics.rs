@@ -89,7 +89,7 @@ statistics! {
     dropped_tx,
     /// Packets with an unknown socket type.
     unknown_type,
-    /// RST sent in answer to a REQUEST: nobody listens on its port, or the listener can take no more.
+    /// RST sent in answer to a REQUEST: nobody listens on its port, the listener can take no more, or its type is unknown.
     refused_requests,
     /// RST sent for other packets that are of no connection, and for such tuples of an update.
     rst_no_connection,
@@ -97,7 +97,7 @@ statistics! {
     refused_connects,
     /// Times that senders of a connection began to find no room because the peer has none.
     credit_stalls,
-    /// The same, because the device had not taken what was sent before: as much as the socket's buffer is large.
+    /// The same, because the device has not taken what was sent before.
     device_stalls,
     /// Packets of credit sent for nothing else.
     credit_updates,

@@ -69,13 +69,19 @@ impl<'a> Initramfs<'a> {
         };
         this.file("bin/busybox", &find_program("busybox")?)?;
         this.file("bin/vsock-guest-agent", &env.agent)?;
-        // The machine's bus and the agent's port. Where there are no such modules the kernel has them built in.
-        for name in ["virtio_mmio", "virtio_console"] {
-            if this.is_module(name)? {
-                this.modules(&[name])?;
+        // The machine's bus and the agent's port.
+        this.hardware(&["virtio_mmio", "virtio_console"])?;
+        Ok(this)
+    }
+
+    /// Loads drivers of the machine's hardware at boot. Where there are no such modules the kernel has them built in.
+    pub fn hardware(&mut self, names: &[&str]) -> Result<()> {
+        for name in names {
+            if self.is_module(name)? {
+                self.modules(&[name])?;
             }
         }
-        Ok(this)
+        Ok(())
     }
 
     /// Loads modules of the kernel at boot, and what they need before them.

@@ -175,7 +175,7 @@ impl<'a> Lab<'a> {
     pub fn guest_on(&self, hardware: &Hardware) -> Result<Guest> {
         self.boot(GUEST_CID, hardware, |initramfs| {
             if hardware.disk.is_some() {
-                initramfs.modules(&["virtio_blk"])?;
+                initramfs.hardware(&["virtio_blk"])?;
             }
             initramfs.driver(self.driver)
         })

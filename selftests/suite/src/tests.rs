@@ -82,10 +82,10 @@ pub fn all(env: &Env) -> Vec<&'static Test> {
 }
 
 tests! {
-    stream: between_guests, over_the_bridge, connect_refused, connect_timeout, nonblocking_connect, backlog_full,
+    stream: between_guests, over_the_bridge, unreadable_memory, connect_refused, connect_timeout, nonblocking_connect, backlog_full,
         bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data,
         ports_used_anew, close_timeout, linger, epipe, shutdown_after_the_end, many_connections;
-    messages: without_room, waits_for_room, unreadable_end, many_short_ones;
+    messages: without_room, waits_for_room, buffer_becomes_too_small, unreadable_end, many_short_ones;
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,
         updates_are_few, no_updates_at_the_end, no_update_answers_the_end, room_beside_an_unread_message,
         low_water_mark, message_below_the_mark, ioctls, epoll_edges, buffer_size_limits;
@@ -107,7 +107,7 @@ tests! {
         hotplug, two_devices, suspend;
     upstream: vsock_test, vsock_diag_test, vsock_uring_test;
     observe: counters, queue_lengths, vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics, sockmap;
-    hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, tx_not_consumed,
+    hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, bad_cid, tx_not_consumed,
         reply_flood, credit_request_flood;
 }
 

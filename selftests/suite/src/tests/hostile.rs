@@ -8,9 +8,11 @@ use vsock_device::device::Queue;
 use vsock_device::{Op, HOST_CID};
 
 use super::hardware::expect_out_of_use_and_bind_again;
+use super::lifecycle::{BIND, UNBIND};
+use crate::agent::sh;
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT, STREAM,
-    WAITING_ANSWERS, WAITING_UPDATES,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT,
+    SEQPACKET, STREAM, WAITING_ANSWERS, WAITING_UPDATES,
 };
 use crate::machine::DEFAULT_RING;
 
@@ -200,6 +202,37 @@ pub fn bad_events(lab: &Lab) -> Result<()> {
     wait_for("the guest to have its CID", || Ok(guest.local_cid()? == 77))?;
     expect_errno("recv() on the connection", guest.recv(fd, 1), "ECONNRESET")?;
     expect_alive(&guest, listener)
+}
+
+/// CIDs that a guest cannot have, from the beginning: the driver does not take the device, and does once it has another one.
+pub fn bad_cid(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    for cid in [0, 1, HOST_CID, u64::from(u32::MAX), 1 << 40] {
+        guest.sh(UNBIND)?;
+        guest.device.set_guest_cid(cid);
+        let bound = sh(&guest.machine.agent, BIND, LIMIT)?;
+        ensure!(
+            bound.status != 0 && bound.output.contains("Invalid argument"),
+            "binding a device with the CID {cid} says: {}",
+            bound.output
+        );
+        ensure!(
+            guest.sh("dmesg")?.contains(&format!("guest_cid {cid:#x}")),
+            "the log does not say what is wrong with the CID {cid}"
+        );
+        expect_eq("the CID without a device", guest.local_cid()?, u32::MAX)?;
+        for kind in [STREAM, SEQPACKET] {
+            let fd = guest.socket(kind)?;
+            let connected = guest.connect(fd, HOST_CID as u32, PORT);
+            expect_errno("connect() without a device", connected, "ENODEV")?;
+            guest.close(fd)?;
+        }
+        guest.device.set_guest_cid(u64::from(GUEST_CID));
+        guest.sh(BIND)?;
+        expect_alive(&guest, listener)?;
+    }
+    Ok(())
 }
 
 /// The device takes no packets: writers block, close() does not, nothing piles up, and it can be unbound.

@@ -14,7 +14,7 @@ use crate::agent::Pending;
 use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY, LIMIT, PORT, SEQPACKET,
 };
-use crate::sockets::Call;
+use crate::sockets::{Call, Completion};
 
 const PAGE: usize = 4096;
 
@@ -107,35 +107,63 @@ pub fn without_room(lab: &Lab) -> Result<()> {
     expect_message(&peer, LONG)
 }
 
-/// A message that waits for room goes as a whole when there is some; one of another sender does not come in between.
+/// A message that waits for room goes as a whole when there is some. Others, for which there is room, do not wait for it, and do
+/// not come in between.
 pub fn waits_for_room(lab: &Lab) -> Result<()> {
+    const BUFFER: u32 = 200_000;
+    const FIRST: usize = 150_000;
+    const LONG: usize = 170_000;
+    const MIDDLE: usize = 70_000;
+    const SHORT: usize = 1_000;
+    let guest = lab.guest()?;
+    let (mut peer, fd) = connection(&guest, BUFFER)?;
+    expect_eq("send()", send(&guest, fd, FIRST, 0)?, FIRST)?;
+    expect_message(&peer, FIRST)?;
+    // In either order: the one that began to wait last must not decide for the other.
+    let sending = [LONG, MIDDLE, LONG].map(|len| {
+        let sending = start_send(&guest, fd, len, 0);
+        let blocked = sending.expect_blocked(A_WHILE);
+        blocked.map(|()| sending)
+    });
+    let [long, middle, last] = sending;
+    let (long, middle, last) = (long?, middle?, last?);
+    expect_eq("send() of another", send(&guest, fd, SHORT, 0)?, SHORT)?;
+    expect_message(&peer, SHORT)?;
+    give_credit(&mut peer, BUFFER, 50_000)?;
+    expect_message(&peer, MIDDLE)?;
+    expect_eq("send()", middle.wait::<usize>(LIMIT)?, MIDDLE)?;
+    long.expect_blocked(A_WHILE)?;
+    expect_eq("packets of the others", peer.drain(), vec![])?;
+    let mut read = FIRST + SHORT + MIDDLE;
+    for _ in 0..2 {
+        // What answers a request may come behind the message.
+        peer.set_credit(BUFFER, read as u32);
+        peer.send(Op::CREDIT_UPDATE);
+        expect_message(&peer, LONG)?;
+        read += LONG;
+    }
+    for sending in [long, last] {
+        expect_eq("send()", sending.wait::<usize>(LIMIT)?, LONG)?;
+    }
+    Ok(())
+}
+
+/// A buffer of the peer that becomes too small for a message ends the wait of its sender.
+pub fn buffer_becomes_too_small(lab: &Lab) -> Result<()> {
     const BUFFER: u32 = 200_000;
     const FIRST: usize = 60_000;
     const LONG: usize = 170_000;
-    const SHORT: usize = 1_000;
     let guest = lab.guest()?;
     let (mut peer, fd) = connection(&guest, BUFFER)?;
     expect_eq("send()", send(&guest, fd, FIRST, 0)?, FIRST)?;
     expect_message(&peer, FIRST)?;
     let sending = start_send(&guest, fd, LONG, 0);
     sending.expect_blocked(A_WHILE)?;
-    expect_eq("send() of another", send(&guest, fd, SHORT, 0)?, SHORT)?;
-    expect_message(&peer, SHORT)?;
-    give_credit(&mut peer, BUFFER, FIRST as u32 / 2)?;
-    sending.expect_blocked(A_WHILE)?;
-    expect_eq("packets of the message", peer.drain(), vec![])?;
-    give_credit(&mut peer, BUFFER, (FIRST + SHORT) as u32)?;
-    expect_message(&peer, LONG)?;
-    expect_eq("send()", sending.wait::<usize>(LIMIT)?, LONG)?;
-    // A buffer that becomes too small for a message ends the wait for it.
-    let sending = start_send(&guest, fd, LONG, 0);
-    sending.expect_blocked(A_WHILE)?;
-    peer.set_credit(BUFFER / 2, (FIRST + SHORT) as u32);
+    // All of it is free, which is less than was free before.
+    peer.set_credit(BUFFER / 2, FIRST as u32);
     peer.send(Op::CREDIT_UPDATE);
-    sending.expect_blocked(A_WHILE)?;
-    peer.set_credit(BUFFER / 2, (FIRST + SHORT + LONG) as u32);
-    peer.send(Op::CREDIT_UPDATE);
-    expect_errno("send()", sending.wait::<usize>(LIMIT), "EMSGSIZE")
+    expect_errno("send()", sending.wait::<usize>(LIMIT), "EMSGSIZE")?;
+    expect_eq("packets of the message", peer.drain(), vec![])
 }
 
 /// A message of which the end cannot be read fails, and nothing of it comes to the peer.
@@ -164,7 +192,21 @@ pub fn unreadable_end(lab: &Lab) -> Result<()> {
         received += LEN + PAGE;
         give_credit(&mut peer, BUFFER, received as u32)?;
     }
-    Ok(())
+    // Calls that have failed have no number.
+    let pieces = json!({"fd": fd, "pieces": 1, "len": 10});
+    let sent: usize = guest.start("send_zero_copy_pieces", pieces).wait(LIMIT)?;
+    expect_eq("send() with MSG_ZEROCOPY", sent, 10)?;
+    let mut completions = Vec::new();
+    wait_for("the completion", || {
+        completions.extend(guest.zero_copy_completions(fd)?);
+        Ok(!completions.is_empty())
+    })?;
+    let first = Completion {
+        first: 0,
+        last: 0,
+        is_copied: false,
+    };
+    expect_eq("completions", completions, vec![first])
 }
 
 /// A message as recvmsg() gives it.

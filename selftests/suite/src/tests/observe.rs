@@ -106,7 +106,10 @@ fn expect_counted(
         is = growth(guest, &before)?;
         Ok(is == should)
     });
-    counted.with_context(|| format!("the counters grew by {is:?} instead of {should:?}"))
+    counted.with_context(|| format!("the counters grew by {is:?} instead of {should:?}"))?;
+    // Not more afterwards, either.
+    guest.device.wait_delivered(LIMIT)?;
+    expect_eq("what the counters grew by", growth(guest, &before)?, should)
 }
 
 /// Counters of packets, of senders without room, of RST in both directions, and of resets by their cause.
@@ -135,44 +138,45 @@ pub fn counters(lab: &Lab) -> Result<()> {
         guest.send(fd, "answer")?;
         peer.expect(Op::RW).map(drop)
     })?;
-    let fill = |guest: &Guest| -> Result<u64> {
-        // More than fits, so that it ends with EAGAIN.
-        guest.set_nonblocking(fd, true)?;
-        let sent: HowFar = guest.start_send_pattern_until_error(fd, 1).wait(LIMIT)?;
-        expect_eq("the error", sent.error.as_deref(), Some("EAGAIN"))?;
-        expect_errno("send()", guest.send(fd, "x"), "EAGAIN")?;
-        guest.set_nonblocking(fd, false)?;
-        Ok(sent.bytes)
+    let no_room = || {
+        expect_errno(
+            "send()",
+            guest.send_flags(fd, "more", libc::MSG_DONTWAIT),
+            "EAGAIN",
+        )
     };
-    let mut sent = 6;
+    // However often they look, it is one stall until something was sent.
+    peer.set_credit(6 + 4, 0);
+    peer.send(Op::CREDIT_UPDATE);
+    guest.device.wait_delivered(LIMIT)?;
     expect_counted(
         &guest,
         &[("credit_stalls", 1), ("device_stalls", 0)],
         || {
-            sent += fill(&guest)?;
-            Ok(())
+            guest.send(fd, "four")?;
+            wait_for("the device to have taken it", || {
+                Ok(guest.siocoutq(fd)? == 0)
+            })?;
+            no_room()?;
+            no_room()
         },
     )?;
-    // A peer that has room for more than the device has taken.
     guest.device.hold_tx(true);
-    peer.set_credit(BUFFER, sent as u32);
+    peer.set_credit(BUFFER, 6 + 4);
     peer.send(Op::CREDIT_UPDATE);
     wait_for("room", || {
         Ok(guest.poll(fd, libc::POLLOUT, LIMIT)? == libc::POLLOUT)
     })?;
     expect_counted(
         &guest,
-        &[("credit_stalls", 1), ("device_stalls", 1)],
+        &[("credit_stalls", 0), ("device_stalls", 1)],
         || {
-            sent += fill(&guest)?;
-            peer.set_credit(BUFFER, sent as u32);
-            peer.send(Op::CREDIT_UPDATE);
-            guest.device.wait_delivered(LIMIT)?;
-            expect_errno(
-                "send()",
-                guest.send_flags(fd, "x", libc::MSG_DONTWAIT),
-                "EAGAIN",
-            )
+            guest.set_nonblocking(fd, true)?;
+            let sent: HowFar = guest.start_send_pattern_until_error(fd, 1).wait(LIMIT)?;
+            guest.set_nonblocking(fd, false)?;
+            expect_eq("the error", sent.error.as_deref(), Some("EAGAIN"))?;
+            expect_eq("bytes sent", sent.bytes, u64::from(BUFFER))?;
+            no_room()
         },
     )?;
     guest.device.hold_tx(false);
@@ -181,6 +185,7 @@ pub fn counters(lab: &Lab) -> Result<()> {
         Ok(())
     })?;
     guest.close(fd)?;
+    guest.device.wait_delivered(LIMIT)?;
     peer.drain();
 
     let connect = |peer: &Peer| -> Result<i32> {
@@ -189,6 +194,14 @@ pub fn counters(lab: &Lab) -> Result<()> {
         Ok(guest.accept(listener)?)
     };
     peer.set_credit(BUFFER, 0);
+    // An end that was asked for is no reset.
+    let fd = connect(&peer)?;
+    expect_counted(&guest, &[("resets_by_peer", 0), ("rx_packets", 1)], || {
+        guest.close(fd)?;
+        peer.find(Op::SHUTDOWN)?;
+        peer.send(Op::RST);
+        Ok(())
+    })?;
     connect(&peer)?;
     expect_counted(&guest, &[("resets_by_new_request", 1)], || {
         peer.send(Op::REQUEST);
@@ -456,27 +469,29 @@ pub fn tracepoints(lab: &Lab) -> Result<()> {
         })?;
     }
     // Programs such as perf count them.
-    let mut counters = Vec::new();
     for event in guest
-        .sh(&format!(
-            "cat /sys/kernel/debug/tracing/events/{events}/*/id"
-        ))?
+        .sh(&format!("ls /sys/kernel/debug/tracing/events/{events}"))?
         .split_whitespace()
+        .filter(|event| event.contains("packet_") || event.contains("_pkt"))
     {
-        let id: u64 = event.parse()?;
-        let fds: Vec<i32> = guest
+        let id = guest.sh(&format!(
+            "cat /sys/kernel/debug/tracing/events/{events}/{event}/id"
+        ))?;
+        let id: u64 = id.trim().parse()?;
+        let counters: Vec<i32> = guest
             .start("count_tracepoint", json!({"number": id}))
             .wait(LIMIT)?;
-        counters.extend(fds);
+        stream.write_all(b"12345")?;
+        expect_eq("recv()", guest.recv(fd, 5)?, "12345".to_owned())?;
+        guest.send(fd, "1234567")?;
+        stream.read_exact(&mut answer)?;
+        wait_for(&format!("a count of {event}"), || {
+            let count: u64 = guest
+                .start("read_counters", json!({"fds": counters}))
+                .wait(LIMIT)?;
+            Ok(count > 0)
+        })?;
     }
-    guest.send(fd, "counted")?;
-    stream.read_exact(&mut answer)?;
-    wait_for("a count of the tracepoints", || {
-        let count: u64 = guest
-            .start("read_counters", json!({"fds": counters}))
-            .wait(LIMIT)?;
-        Ok(count > 0)
-    })?;
     // They show the names by the numbers that the formats have.
     let formats = guest.sh(&format!(
         "cat /sys/kernel/debug/tracing/events/{events}/*/format"

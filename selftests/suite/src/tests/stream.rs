@@ -97,6 +97,32 @@ fn exchange(guest: &Guest, fd: i32, host: &mut std::os::unix::net::UnixStream) -
     expect_eq("bytes after the guest's close", rest.len(), 0)
 }
 
+/// send() of memory of which a part cannot be read sends what is before that, and fails where nothing is.
+pub fn unreadable_memory(lab: &Lab) -> Result<()> {
+    const PAGE: usize = 4096;
+    /// What a packet carries at most.
+    const PACKET: usize = 64 * 1024;
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let mut stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    let send = |readable: usize| {
+        let params = json!({"fd": fd, "len": 2 * PACKET, "readable": readable});
+        guest.start("send_bytes", params).wait::<usize>(LIMIT)
+    };
+    expect_errno("send() of nothing that can be read", send(0), "EFAULT")?;
+    let sent = send(PACKET + PAGE)?;
+    ensure!(
+        (PACKET..=PACKET + PAGE).contains(&sent),
+        "send() has sent {sent} bytes, of {} that can be read",
+        PACKET + PAGE
+    );
+    guest.send(fd, "after")?;
+    let mut received = vec![0; sent + 5];
+    stream.read_exact(&mut received)?;
+    expect_eq("what follows", &received[sent..], b"after")
+}
+
 /// Nobody listens: ECONNRESET at once, as the C driver has it, and the socket can try again.
 pub fn connect_refused(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
