@@ -76,7 +76,8 @@ pub fn all(env: &Env) -> Vec<&'static Test> {
     }
     if env.has_option("CONFIG_KCSAN") {
         // Such a kernel does not wake up again, whatever the driver.
-        tests.retain(|test| !test.name.ends_with("lifecycle::suspend"));
+        const SLEEP: [&str; 2] = ["lifecycle::suspend", "lifecycle::hibernation"];
+        tests.retain(|test| !SLEEP.iter().any(|sleep| test.name.ends_with(sleep)));
     }
     tests
 }
