@@ -530,6 +530,8 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
                 // QEMU's default is the interface of before virtio 1.0, whose features are 32 bits.
                 qemu.args(["-global", "virtio-mmio.force-legacy=false"]);
             }
+            // A kernel that reads its memory from a disk has it twice meanwhile.
+            let memory = if hardware.disk.is_some() { 1024 } else { 512 };
             qemu.args([
                 "-accel",
                 &env.accelerator,
@@ -538,12 +540,11 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
                 "-smp",
                 "2",
                 "-m",
-                "512",
+                &memory.to_string(),
             ]);
-            qemu.args([
-                "-object",
-                "memory-backend-memfd,id=memory,size=512M,share=on",
-            ]);
+            qemu.arg("-object").arg(format!(
+                "memory-backend-memfd,id=memory,size={memory}M,share=on"
+            ));
             qemu.arg("-machine")
                 .arg(format!("{machine},memory-backend=memory"));
             qemu.arg("-chardev")
