@@ -71,6 +71,11 @@ void vsock_glue_write_space(struct sock *sk)
 	sk->sk_write_space(sk);
 }
 
+unsigned int vsock_glue_send_memory(const struct sock *sk)
+{
+	return sk_wmem_alloc_get(sk);
+}
+
 void vsock_glue_data_ready(struct sock *sk)
 {
 	sk->sk_data_ready(sk);

@@ -34,6 +34,7 @@ void vsock_glue_set_flag(struct sock *sk, enum sock_flags flag);
 void vsock_glue_reset_flag(struct sock *sk, enum sock_flags flag);
 void vsock_glue_state_change(struct sock *sk);
 void vsock_glue_write_space(struct sock *sk);
+unsigned int vsock_glue_send_memory(const struct sock *sk);
 void vsock_glue_data_ready(struct sock *sk);
 void vsock_glue_error_report(struct sock *sk, int err);
 int vsock_glue_take_error(struct sock *sk);

@@ -405,6 +405,12 @@ impl Socket {
         unsafe { bindings::vsock_glue_net_mode_global(self.as_raw()) }
     }
 
+    /// Memory that the socket's packets to the device take, in bytes, whether it has them or they wait.
+    pub(crate) fn send_memory(&self) -> u32 {
+        // SAFETY: By the type invariant.
+        unsafe { bindings::vsock_glue_send_memory(self.as_sock()) }
+    }
+
     /// Wakes those who wait for room to send.
     pub(crate) fn write_space(&self) {
         // SAFETY: By the type invariant.

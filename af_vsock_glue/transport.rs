@@ -148,10 +148,13 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     fn readable(connection: &Self::Connection) -> usize;
 
     /// Bytes that can be sent: a writer asks, who waits while it is 0.
-    fn room_to_send(&self, connection: &Self::Connection) -> usize;
+    fn room_to_send(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> usize;
 
-    /// The same, for poll(). May be called without the lock.
-    fn writable(connection: &Self::Connection) -> usize;
+    /// The same, for poll().
+    fn writable(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> usize;
+
+    /// A writer that has found no room is about to wait for it.
+    fn before_waiting_to_send(&self, connection: &Self::Connection);
 
     /// Bytes that were sent but not taken by the device. May be called without the lock.
     fn unsent(connection: &Self::Connection) -> usize;
@@ -382,8 +385,8 @@ fn operations<T: Transport>(module: &'static ThisModule) -> bindings::vsock_tran
         notify_recv_pre_dequeue: Some(notify_recv_pre_dequeue::<T>),
         notify_recv_post_dequeue: Some(notify_recv_post_dequeue::<T>),
         notify_send_init: Some(notify_send_init::<T>),
-        notify_send_pre_block: Some(notify_send),
-        notify_send_pre_enqueue: Some(notify_send),
+        notify_send_pre_block: Some(notify_send_pre_block::<T>),
+        notify_send_pre_enqueue: Some(notify_send_pre_enqueue),
         notify_send_post_enqueue: Some(notify_send_post_enqueue),
         notify_buffer_size: Some(notify_buffer_size::<T>),
         notify_set_rcvlowat: Some(notify_set_rcvlowat::<T>),
@@ -498,8 +501,8 @@ extern "C" fn stream_has_data<T: Transport>(vsk: Vsk) -> i64 {
 extern "C" fn stream_has_space<T: Transport>(vsk: Vsk) -> i64 {
     // SAFETY: A callback for a socket, with its lock held: the core's sendmsg() asks.
     unsafe {
-        with_socket::<T, _>(vsk, |context, _, connection| {
-            Ok(context.room_to_send(&connection))
+        with_socket::<T, _>(vsk, |context, socket, connection| {
+            Ok(context.room_to_send(socket, &connection))
         })
     }
     .unwrap_or(0) as i64
@@ -607,8 +610,13 @@ extern "C" fn notify_poll_in<T: Transport>(vsk: Vsk, target: usize, ready: *mut 
 }
 
 extern "C" fn notify_poll_out<T: Transport>(vsk: Vsk, target: usize, ready: *mut bool) -> c_int {
-    // SAFETY: A callback for a socket; `ready` is valid for writes.
-    unsafe { *ready = ask_connection::<T>(vsk, T::writable) >= target };
+    // SAFETY: A callback for a socket, with its lock held; `ready` is valid for writes.
+    unsafe {
+        *ready = with_socket::<T, _>(vsk, |context, socket, connection| {
+            Ok(context.writable(socket, &connection) >= target)
+        })
+        .unwrap_or(false);
+    }
     0
 }
 
@@ -676,7 +684,17 @@ extern "C" fn notify_send_init<T: Transport>(vsk: Vsk, _data: SendNotify) -> c_i
     })
 }
 
-extern "C" fn notify_send(_vsk: Vsk, _data: SendNotify) -> c_int {
+extern "C" fn notify_send_pre_block<T: Transport>(vsk: Vsk, _data: SendNotify) -> c_int {
+    // SAFETY: A callback for a socket, with its lock held.
+    from_result(|| unsafe {
+        with_socket::<T, _>(vsk, |context, _, connection| {
+            context.before_waiting_to_send(&connection);
+            Ok(0)
+        })
+    })
+}
+
+extern "C" fn notify_send_pre_enqueue(_vsk: Vsk, _data: SendNotify) -> c_int {
     0
 }
 

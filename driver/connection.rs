@@ -238,9 +238,10 @@ pub(crate) struct Connection {
     /// Readers that were blocked when the connection was reset and still have to learn of it. Changed with the
     /// socket's lock.
     untold_readers: Atomic<u32>,
-    /// Payload that was given to [`tx`](super::tx) and not yet taken by the device: see [`Unsent`].
+    /// Payload that was given to [`tx`](super::tx) and not yet taken by the device, in bytes.
     unsent: Atomic<i64>,
-    /// How much room the message needs that found too little last, in bytes. Changed with the socket's lock.
+    /// How much room the message needs that found too little last, in bytes, unless its sender waits. Changed with the socket's
+    /// lock.
     needed_room: Atomic<u32>,
     /// The PID of the task that sends that message. Changed with the socket's lock.
     needed_by: Atomic<i32>,
@@ -255,32 +256,8 @@ pub(crate) struct Connection {
     resets_before: Atomic<u32>,
 }
 
-/// Payload that the device has not taken. One number counts both, so that this is one atomic operation: packets in its upper half,
-/// bytes in its lower one, which [`MOST_UNSENT_BYTES`] fit into.
-#[derive(Clone, Copy)]
-struct Unsent {
-    packets: u32,
-    bytes: u32,
-}
-
-impl Unsent {
-    /// What counts for a packet with `len` bytes.
-    fn of_packet(len: u32) -> i64 {
-        1 << 32 | i64::from(len)
-    }
-
-    fn from_count(count: i64) -> Self {
-        Self {
-            packets: (count >> 32) as u32,
-            bytes: count as u32,
-        }
-    }
-}
-
-/// How much payload of a connection the device may have to take, in bytes, however large the socket's buffer is, and in how many
-/// packets, which have bookkeeping of some 800 bytes each: less than `sk_wmem_alloc` of the socket can count.
-const MOST_UNSENT_BYTES: u32 = 1 << 30;
-const MOST_UNSENT_PACKETS: u32 = 1 << 20;
+/// How much may be on its way to the peer, in bytes, however large the buffers are.
+const LARGEST_WINDOW: u32 = 1 << 28;
 
 /// How many credit updates of a connection may wait for the device before the next one takes the place of them.
 const MANY_WAITING_UPDATES: i32 = 64;
@@ -298,7 +275,7 @@ struct ConnectionState {
 impl ConnectionState {
     /// What may be on its way to the peer, in bytes, however much room that has.
     fn send_limit(&self) -> u32 {
-        self.receive.buf_alloc().min(MOST_UNSENT_BYTES)
+        self.receive.buf_alloc().min(LARGEST_WINDOW)
     }
 
     /// Bytes that the peer has room for.
@@ -309,11 +286,9 @@ impl ConnectionState {
     /// Bytes that can be sent, while the device has not taken `unsent` of those before.
     ///
     /// A peer whose `fwd_cnt` claims what the device has not even taken does not make us queue more.
-    fn sendable(&self, unsent: Unsent) -> u32 {
-        if unsent.packets >= MOST_UNSENT_PACKETS {
-            return 0;
-        }
-        let room = self.send_limit().saturating_sub(unsent.bytes);
+    fn sendable(&self, unsent: usize) -> u32 {
+        let waiting = u32::try_from(unsent).unwrap_or(u32::MAX);
+        let room = self.send_limit().saturating_sub(waiting);
         self.available().min(room)
     }
 
@@ -364,8 +339,8 @@ pub(crate) enum ResetState {
 /// What the credit in a packet of the peer changes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PeerCredit {
-    /// Senders need not wait any more: more can be sent than before, or not even an empty buffer of the peer has room for a message
-    /// that waits.
+    /// Senders need not wait any more: more can be sent than before, or not even an empty buffer of the peer has room for a
+    /// message that waits.
     pub(crate) ends_waits: bool,
     /// Linux limits what it sends by the size of its own buffer, too, so that it may need an update to go on.
     pub(crate) peer_buffer_shrank: bool,
@@ -479,7 +454,8 @@ impl Connection {
     }
 
     /// Takes credit for a message of `len` bytes, for all of it: a part that was sent could not be taken back. Returns whether
-    /// there was so much; otherwise there is no room to send until there is. Needs the socket's lock.
+    /// there was so much; otherwise the current task finds no room to send until there is, and poll() none, unless the task
+    /// [waits](Self::note_waiting_sender). Needs the socket's lock.
     ///
     /// # Errors
     ///
@@ -489,6 +465,7 @@ impl Connection {
         let unsent = self.unsent();
         let mut state = self.state.lock();
         if len > state.largest_message() {
+            self.needed_room.store(0, Relaxed);
             return Err(EMSGSIZE);
         }
         if len > state.sendable(unsent) {
@@ -500,11 +477,20 @@ impl Connection {
         Ok(true)
     }
 
-    /// Lets a sender have the room that a message before did not do with. Needs the socket's lock.
-    pub(crate) fn forget_needed_room(&self) {
-        if self.socket_type == SocketType::SeqPacket {
+    /// Notes that the current task waits for room: poll() is asked for others then, who may have shorter messages. Needs the
+    /// socket's lock.
+    pub(crate) fn note_waiting_sender(&self) {
+        self.needed_room.store(0, Relaxed);
+    }
+
+    /// Lets a sender have the room that was too little for a message before. Returns whether poll() found none because of that.
+    /// Needs the socket's lock.
+    pub(crate) fn forget_needed_room(&self) -> bool {
+        let is_needed = self.needed_room.load(Relaxed) > 0;
+        if is_needed {
             self.needed_room.store(0, Relaxed);
         }
+        is_needed
     }
 
     /// Gives credit back for payload that could not be sent.
@@ -512,30 +498,25 @@ impl Connection {
         self.state.lock().send.give_back(unused);
     }
 
-    /// Counts a packet of payload that is on its way to the device.
+    /// Counts payload that is on its way to the device.
     pub(crate) fn add_unsent(&self, len: u32) {
-        self.unsent.add(Unsent::of_packet(len), Relaxed);
+        self.unsent.add(i64::from(len), Relaxed);
     }
 
-    /// Notes that the device has taken such a packet, or that it was thrown away.
+    /// Notes that the device has taken payload, or that it was thrown away.
     pub(crate) fn remove_unsent(&self, len: u32) {
-        self.unsent.fetch_sub(Unsent::of_packet(len), Relaxed);
+        self.unsent.fetch_sub(i64::from(len), Relaxed);
     }
 
-    /// What the device has not taken yet.
-    fn unsent(&self) -> Unsent {
-        Unsent::from_count(self.unsent.load(Relaxed))
+    /// Bytes that the device has not taken yet.
+    fn unsent(&self) -> usize {
+        usize::try_from(self.unsent.load(Relaxed)).unwrap_or(0)
     }
 
-    /// The same, for a task that waits for less. The core has put it into the list of those to wake, without a barrier;
+    /// The same, for a task that waits for fewer. The core has put it into the list of those to wake, without a barrier;
     /// whoever lowers the count without the socket's lock looks at that list afterwards.
-    fn unsent_for_waiter(&self) -> Unsent {
-        Unsent::from_count(self.unsent.fetch_add(0, Full))
-    }
-
-    /// Bytes that the device has not taken yet, for a task that waits for fewer.
-    pub(crate) fn unsent_bytes(&self) -> usize {
-        self.unsent_for_waiter().bytes as usize
+    pub(crate) fn unsent_for_waiter(&self) -> usize {
+        usize::try_from(self.unsent.fetch_add(0, Full)).unwrap_or(0)
     }
 
     /// Bytes that can be sent; 0 where the message that found too little room last needs more.
@@ -560,8 +541,12 @@ impl Connection {
         let unsent = self.unsent_for_waiter();
         let state = self.state.lock();
         let room = state.sendable(unsent);
-        // Where a buffer has become smaller meanwhile the sender learns that the message is too long.
-        match room < needed.min(state.largest_message()) {
+        let largest = state.largest_message();
+        if needed > largest && largest > 0 {
+            // A buffer has become smaller meanwhile. Whoever sends the message learns that it is too long.
+            return room.max(1);
+        }
+        match room < needed {
             true => 0,
             false => room,
         }
@@ -570,7 +555,7 @@ impl Connection {
     /// Notes that the current task has found no room to send. Says why, where that is news since something was sent.
     pub(crate) fn note_stall(&self) -> Option<Stall> {
         let needed = self.needed_by_sender().max(1);
-        let unsent = self.unsent().bytes;
+        let unsent = u32::try_from(self.unsent()).unwrap_or(u32::MAX);
         let mut state = self.state.lock();
         // The peer cannot have read what the device has not taken.
         let stall = match state.available().saturating_add(unsent) < needed {

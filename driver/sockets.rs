@@ -35,6 +35,10 @@ const CLOSE_TIMEOUT_MS: u32 = 8000;
 /// The largest receive buffer that the protocol can express, in bytes.
 const MAX_BUFFER_SIZE: u64 = u32::MAX as u64;
 
+/// How much memory the packets of a socket may take, in bytes, before it has no room for more: a count of 31 bits has it, and one
+/// call adds little more than [what may be on its way](super::connection) to a peer.
+const MOST_SEND_MEMORY: u32 = 1 << 30;
+
 impl Transport for VsockDriver {
     type Connection = Connection;
 
@@ -216,8 +220,14 @@ impl Transport for VsockDriver {
     }
 
     fn before_send(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
-        connection.forget_needed_room();
+        if connection.forget_needed_room() {
+            socket.write_space();
+        }
         tell_of_reset(socket, connection)
+    }
+
+    fn before_waiting_to_send(&self, connection: &Connection) {
+        connection.note_waiting_sender();
     }
 
     fn send(
@@ -258,10 +268,8 @@ impl Transport for VsockDriver {
         (connection.unread() as usize).max(connection.has_untold_reader().into())
     }
 
-    fn room_to_send(&self, connection: &Connection) -> usize {
-        // Nobody waits for room in a connection that was reset.
-        let is_reset = connection.reset_state() != ResetState::No;
-        let room = (connection.room_to_send() as usize).max(is_reset.into());
+    fn room_to_send(&self, socket: &LockedSocket<'_>, connection: &Connection) -> usize {
+        let room = room_in(socket, connection, connection.room_to_send());
         if room == 0 {
             match connection.note_stall() {
                 Some(Stall::Credit) => self.statistics.credit_stalls.increment(),
@@ -272,14 +280,13 @@ impl Transport for VsockDriver {
         room
     }
 
-    fn writable(connection: &Connection) -> usize {
-        let is_reset = connection.reset_state() != ResetState::No;
-        (connection.writable() as usize).max(is_reset.into())
+    fn writable(&self, socket: &LockedSocket<'_>, connection: &Connection) -> usize {
+        room_in(socket, connection, connection.writable())
     }
 
     fn unsent(connection: &Connection) -> usize {
         // First, for it has the barrier.
-        let unsent = connection.unsent_bytes();
+        let unsent = connection.unsent_for_waiter();
         match connection.reset_state() {
             ResetState::No => unsent,
             // What the device still has of it goes nowhere, and a close() that lingers need not wait for it.
@@ -425,6 +432,19 @@ impl VsockDriver {
         connection.note_shutdown_sent(flags);
         Ok(())
     }
+}
+
+/// Bytes that can be sent, where the connection has `room`.
+fn room_in(socket: &LockedSocket<'_>, connection: &Connection, room: u32) -> usize {
+    if connection.reset_state() != ResetState::No {
+        // Nobody waits for room in a connection that was reset.
+        return room.max(1) as usize;
+    }
+    // After the connection's count, which has the barrier for who waits for fewer.
+    if socket.send_memory() >= MOST_SEND_MEMORY {
+        return 0;
+    }
+    room as usize
 }
 
 /// Fails with ECONNRESET where the device has reset the connection and the application was not told yet.

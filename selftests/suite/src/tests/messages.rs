@@ -18,6 +18,8 @@ use crate::sockets::{Call, Completion};
 
 const PAGE: usize = 4096;
 
+const SO_VM_SOCKETS_BUFFER_SIZE: i32 = 0;
+
 /// What the agent's messages are full of.
 const FILLING: u8 = b'm';
 
@@ -74,16 +76,15 @@ pub fn without_room(lab: &Lab) -> Result<()> {
     expect_message(&peer, FIRST)?;
     let too_long = send(&guest, fd, BUFFER as usize + 1, 0);
     expect_errno("send() of too much", too_long, "EMSGSIZE")?;
-    for flags in [libc::MSG_DONTWAIT, 0] {
-        // Without MSG_DONTWAIT it waits for so long.
-        let timeout = [0, A_WHILE.as_micros() as u64]
-            .map(u64::to_ne_bytes)
-            .concat();
-        guest.set_option(fd, libc::SOL_SOCKET, libc::SO_SNDTIMEO, &timeout)?;
+    let timeout = [0, A_WHILE.as_micros() as u64]
+        .map(u64::to_ne_bytes)
+        .concat();
+    guest.set_option(fd, libc::SOL_SOCKET, libc::SO_SNDTIMEO, &timeout)?;
+    for flags in [0, libc::MSG_DONTWAIT] {
         expect_errno("send()", send(&guest, fd, LONG, flags), "EAGAIN")?;
         peer.expect_silence()?;
-        expect_eq("poll()", guest.poll(fd, libc::POLLOUT, Duration::ZERO)?, 0)?;
     }
+    expect_eq("poll()", guest.poll(fd, libc::POLLOUT, Duration::ZERO)?, 0)?;
     // What there is room for goes, and does not wait for that.
     expect_eq(
         "send() of less",
@@ -127,6 +128,11 @@ pub fn waits_for_room(lab: &Lab) -> Result<()> {
     });
     let [long, middle, last] = sending;
     let (long, middle, last) = (long?, middle?, last?);
+    expect_eq(
+        "poll() for another",
+        guest.poll(fd, libc::POLLOUT, LIMIT)?,
+        libc::POLLOUT,
+    )?;
     expect_eq("send() of another", send(&guest, fd, SHORT, 0)?, SHORT)?;
     expect_message(&peer, SHORT)?;
     give_credit(&mut peer, BUFFER, 50_000)?;
@@ -148,7 +154,7 @@ pub fn waits_for_room(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// A buffer of the peer that becomes too small for a message ends the wait of its sender.
+/// A buffer, of the peer or of the sender, that becomes too small for a message ends the wait of its sender.
 pub fn buffer_becomes_too_small(lab: &Lab) -> Result<()> {
     const BUFFER: u32 = 200_000;
     const FIRST: usize = 60_000;
@@ -159,11 +165,28 @@ pub fn buffer_becomes_too_small(lab: &Lab) -> Result<()> {
     expect_message(&peer, FIRST)?;
     let sending = start_send(&guest, fd, LONG, 0);
     sending.expect_blocked(A_WHILE)?;
-    // All of it is free, which is less than was free before.
-    peer.set_credit(BUFFER / 2, FIRST as u32);
+    // A half of it is in use, and there is less room than before.
+    peer.set_credit(BUFFER / 2, FIRST as u32 / 2);
     peer.send(Op::CREDIT_UPDATE);
     expect_errno("send()", sending.wait::<usize>(LIMIT), "EMSGSIZE")?;
-    expect_eq("packets of the message", peer.drain(), vec![])
+    expect_eq(
+        "poll() for others",
+        guest.poll(fd, libc::POLLOUT, LIMIT)?,
+        libc::POLLOUT,
+    )?;
+    // So does the sender's own.
+    give_credit(&mut peer, BUFFER, FIRST as u32 / 2)?;
+    let sending = start_send(&guest, fd, BUFFER as usize, 0);
+    sending.expect_blocked(A_WHILE)?;
+    let size = u64::from(BUFFER / 2).to_ne_bytes();
+    guest.set_option(fd, libc::AF_VSOCK, SO_VM_SOCKETS_BUFFER_SIZE, &size)?;
+    expect_errno("send()", sending.wait::<usize>(LIMIT), "EMSGSIZE")?;
+    let packets = peer.drain();
+    ensure!(
+        packets.iter().all(|packet| packet.op != Op::RW),
+        "packets of the message: {packets:?}"
+    );
+    Ok(())
 }
 
 /// A message of which the end cannot be read fails, and nothing of it comes to the peer.

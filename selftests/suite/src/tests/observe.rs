@@ -147,8 +147,9 @@ pub fn counters(lab: &Lab) -> Result<()> {
     };
     // However often they look, it is one stall until something was sent.
     peer.set_credit(6 + 4, 0);
-    peer.send(Op::CREDIT_UPDATE);
-    guest.device.wait_delivered(LIMIT)?;
+    peer.send(Op::CREDIT_REQUEST);
+    // The answer says that the guest knows the credit.
+    peer.expect(Op::CREDIT_UPDATE)?;
     expect_counted(
         &guest,
         &[("credit_stalls", 1), ("device_stalls", 0)],
