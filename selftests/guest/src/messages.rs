@@ -8,7 +8,7 @@ use std::os::fd::RawFd;
 use anyhow::{ensure, Result};
 use serde_json::{json, Value};
 
-use crate::sys::check;
+use crate::sys::{check, check_size, iovec, message};
 
 /// What messages sent by [`send_bytes`] are full of.
 const FILLING: u8 = b'm';
@@ -62,28 +62,19 @@ pub fn send_bytes(fd: RawFd, len: usize, readable: Option<usize>, flags: i32) ->
             check(libc::mprotect(unreadable, len - readable, libc::PROT_NONE))?;
         }
         let sent = libc::send(fd, mapping.start, len, flags | libc::MSG_NOSIGNAL);
-        usize::try_from(sent).map_err(|_| io::Error::last_os_error().into())
+        Ok(check_size(sent)?)
     }
 }
 
 /// Receives up to `len` bytes of a message; returns what the call said, the bytes, and the flags of the message.
 fn recv(fd: RawFd, len: usize, flags: i32) -> io::Result<(usize, Vec<u8>, i32)> {
     let mut bytes = vec![0_u8; len];
-    let mut part = libc::iovec {
-        iov_base: bytes.as_mut_ptr().cast(),
-        iov_len: len,
-    };
-    // SAFETY: All-zero is a valid message; the buffer lives, and is as long as is said.
-    let (said, flags) = unsafe {
-        let mut message: libc::msghdr = std::mem::zeroed();
-        message.msg_iov = &raw mut part;
-        message.msg_iovlen = 1;
-        let said = libc::recvmsg(fd, &mut message, flags);
-        (said, message.msg_flags)
-    };
-    let said = usize::try_from(said).map_err(|_| io::Error::last_os_error())?;
+    let mut parts = [iovec(&mut bytes)];
+    let mut message = message(&mut parts);
+    // SAFETY: The buffer lives, and is as long as is said.
+    let said = check_size(unsafe { libc::recvmsg(fd, &mut message, flags) })?;
     bytes.truncate(said);
-    Ok((said, bytes, flags))
+    Ok((said, bytes, message.msg_flags))
 }
 
 /// The same, with the flags that are of interest by name.

@@ -19,8 +19,26 @@ pub fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     }
 }
 
-fn check_size(result: libc::ssize_t) -> io::Result<usize> {
+/// The same, of one that returns a number of bytes.
+pub fn check_size(result: libc::ssize_t) -> io::Result<usize> {
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
+}
+
+/// A part of a message.
+pub fn iovec(bytes: &mut [u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    }
+}
+
+/// A message of such parts.
+pub fn message(parts: &mut [libc::iovec]) -> libc::msghdr {
+    // SAFETY: All-zero is a valid message.
+    let mut message: libc::msghdr = unsafe { zeroed() };
+    message.msg_iov = parts.as_mut_ptr();
+    message.msg_iovlen = parts.len() as _;
+    message
 }
 
 /// The name of an error of a system call, `ECONNRESET` and such; the text of any other error.

@@ -8,14 +8,10 @@ use std::os::fd::RawFd;
 use anyhow::{bail, ensure, Result};
 use io_uring::{opcode, types, IoUring};
 
-use crate::sys::{self, check};
+use crate::sys::{self, check, check_size, iovec, message};
 
 /// How much one call sends, in bytes.
 const PART: usize = 64 * 1024;
-
-fn check_size(result: libc::ssize_t) -> io::Result<usize> {
-    usize::try_from(result).map_err(|_| io::Error::last_os_error())
-}
 
 /// A pipe: the end that is read and the end that is written.
 fn pipe() -> io::Result<(RawFd, RawFd)> {
@@ -58,21 +54,6 @@ fn submit(entry: &io_uring::squeue::Entry) -> Result<usize> {
         return Err(io::Error::from_raw_os_error(-done.result()).into());
     }
     Ok(done.result() as usize)
-}
-
-fn iovec(bytes: &mut [u8]) -> libc::iovec {
-    libc::iovec {
-        iov_base: bytes.as_mut_ptr().cast(),
-        iov_len: bytes.len(),
-    }
-}
-
-fn message(parts: &mut [libc::iovec]) -> libc::msghdr {
-    // SAFETY: All-zero is a valid message.
-    let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
-    message.msg_iov = parts.as_mut_ptr();
-    message.msg_iovlen = parts.len() as _;
-    message
 }
 
 /// Receives up to `len` bytes in one of the ways; returns how many.

@@ -110,19 +110,14 @@ pub fn send_pieces(fd: RawFd, pieces: usize, len: usize) -> Result<usize> {
     let mut parts: Vec<libc::iovec> = pages
         .chunks_exact_mut(PAGE)
         .take(pieces)
-        .map(|page| libc::iovec {
-            iov_base: page.as_mut_ptr().cast(),
-            iov_len: len,
-        })
+        .map(|page| sys::iovec(&mut page[..len]))
         .collect();
-    // SAFETY: All-zero is a valid message; what it points to lives.
-    let sent = unsafe {
-        let mut message: libc::msghdr = zeroed();
-        message.msg_iov = parts.as_mut_ptr();
-        message.msg_iovlen = parts.len() as _;
-        libc::sendmsg(fd, &message, libc::MSG_ZEROCOPY | libc::MSG_NOSIGNAL)
-    };
-    usize::try_from(sent).map_err(|_| io::Error::last_os_error().into())
+    let message = sys::message(&mut parts);
+    let flags = libc::MSG_ZEROCOPY | libc::MSG_NOSIGNAL;
+    // SAFETY: What the message points to lives.
+    Ok(sys::check_size(unsafe {
+        libc::sendmsg(fd, &message, flags)
+    })?)
 }
 
 /// A completion: of which calls it is, both ends included, and whether the kernel has copied what they sent.

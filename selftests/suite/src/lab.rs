@@ -24,6 +24,7 @@ use vsock_device::{Device, DeviceConfig, Op, Packet, Relay, Switch, HOST_CID, RE
 use crate::agent::{sh_ok, Agent, CallError};
 use crate::initramfs::Initramfs;
 use crate::machine::{BadBoot, Env, Hardware, Kind, Machine, Plug};
+use crate::sockets::Completion;
 pub use crate::sockets::{Call, SEQPACKET, STREAM};
 use crate::systemd;
 use crate::Driver;
@@ -613,6 +614,16 @@ impl Guest {
             self.queue_length("tx_waiting_replies")?,
             WAITING_ANSWERS,
         )
+    }
+
+    /// Waits for completions of sends with MSG_ZEROCOPY.
+    pub fn wait_zero_copy_completions(&self, fd: i32) -> Result<Vec<Completion>> {
+        let mut completions = Vec::new();
+        wait_for("a completion", || {
+            completions = self.zero_copy_completions(fd)?;
+            Ok(!completions.is_empty())
+        })?;
+        Ok(completions)
     }
 
     /// Waits until a counter of our driver is at least `value`.

@@ -82,11 +82,7 @@ fn is_copied(guest: &Guest, peer: &Peer, fd: i32, pieces: &Pieces) -> Result<boo
     while received < len {
         received += peer.expect(Op::RW)?.payload.len();
     }
-    let mut completions = Vec::new();
-    wait_for("the completion", || {
-        completions.extend(guest.zero_copy_completions(fd)?);
-        Ok(!completions.is_empty())
-    })?;
+    let completions = guest.wait_zero_copy_completions(fd)?;
     ensure!(
         completions.len() == 1,
         "one call has the completions {completions:?}"

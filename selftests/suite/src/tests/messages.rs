@@ -219,11 +219,7 @@ pub fn unreadable_end(lab: &Lab) -> Result<()> {
     let pieces = json!({"fd": fd, "pieces": 1, "len": 10});
     let sent: usize = guest.start("send_zero_copy_pieces", pieces).wait(LIMIT)?;
     expect_eq("send() with MSG_ZEROCOPY", sent, 10)?;
-    let mut completions = Vec::new();
-    wait_for("the completion", || {
-        completions.extend(guest.zero_copy_completions(fd)?);
-        Ok(!completions.is_empty())
-    })?;
+    let completions = guest.wait_zero_copy_completions(fd)?;
     let first = Completion {
         first: 0,
         last: 0,
