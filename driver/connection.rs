@@ -11,7 +11,7 @@ use crate::{
     protocol::{
         cid::Cid,
         credit::{Advertisement, CreditExceeded, ReceiveCredit, SendCredit},
-        header::SocketType,
+        header::{Header, Op, SocketType},
     },
 };
 use core::ops::ControlFlow;
@@ -270,6 +270,8 @@ struct ConnectionState {
     stall: Option<Stall>,
     /// The directions whose end the peer was told, as the protocol's flags.
     shutdown_sent: u32,
+    /// Whether the peer has sent anything but requests, so that it knows of the connection.
+    peer_knows: bool,
 }
 
 impl ConnectionState {
@@ -336,14 +338,16 @@ pub(crate) enum ResetState {
     Told,
 }
 
-/// What the credit in a packet of the peer changes.
+/// What a packet of the peer changes, beyond what it is for.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct PeerCredit {
+pub(crate) struct PeerNews {
     /// Senders need not wait any more: more can be sent than before, or not even an empty buffer of the peer has room for a
     /// message that waits.
     pub(crate) ends_waits: bool,
     /// Linux limits what it sends by the size of its own buffer, too, so that it may need an update to go on.
     pub(crate) peer_buffer_shrank: bool,
+    /// Whether the peer has sent anything but requests.
+    pub(crate) peer_knows: bool,
 }
 
 /// A message that was read.
@@ -371,6 +375,7 @@ impl Connection {
                     queue: ReceiveQueue::new(),
                     stall: None,
                     shutdown_sent: 0,
+                    peer_knows: false,
                 }, "virtio_vsock_rs_connection"),
                 reset: Atomic::new(ResetState::No as u32),
                 is_finished: Atomic::new(false),
@@ -396,6 +401,7 @@ impl Connection {
             state.receive = ReceiveCredit::new(buf_alloc);
             state.stall = None;
             state.shutdown_sent = 0;
+            state.peer_knows = false;
         }
         self.needed_room.store(0, Relaxed);
         self.guest_cid.store(Address::CID_ANY, Relaxed);
@@ -434,14 +440,16 @@ impl Connection {
         self.socket_type
     }
 
-    /// Notes what a packet says of the peer's receive buffer.
-    pub(crate) fn note_peer_credit(&self, buf_alloc: u32, fwd_cnt: u32) -> PeerCredit {
+    /// Notes what a packet of the peer says of its receive buffer, and that it knows of the connection.
+    pub(crate) fn note_packet(&self, header: &Header) -> PeerNews {
         let mut state = self.state.lock();
         let (available, largest) = (state.available(), state.largest_message());
-        state.send.update(buf_alloc, fwd_cnt);
-        PeerCredit {
+        state.send.update(header.buf_alloc, header.fwd_cnt);
+        state.peer_knows |= header.op != Op::Request;
+        PeerNews {
             ends_waits: state.available() > available || state.largest_message() < largest,
-            peer_buffer_shrank: state.receive.note_peer_buf_alloc(buf_alloc),
+            peer_buffer_shrank: state.receive.note_peer_buf_alloc(header.buf_alloc),
+            peer_knows: state.peer_knows,
         }
     }
 

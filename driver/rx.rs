@@ -322,12 +322,16 @@ impl VsockDriver {
             self.send_reset_reply(header);
             return;
         }
-        let credit = connection.note_peer_credit(header.buf_alloc, header.fwd_cnt);
-        if credit.ends_waits {
+        let news = connection.note_packet(header);
+        if news.ends_waits {
             socket.write_space();
         }
+        let state = match state {
+            State::Established if !news.peer_knows => State::Accepted,
+            state => state,
+        };
         let step = step(state, socket.peer_shutdown().bits(), header);
-        if credit.peer_buffer_shrank && step.keeps_connection() {
+        if news.peer_buffer_shrank && step.keeps_connection() {
             self.send_wanted_credit_update(socket, connection, socket.low_water());
         }
 
@@ -363,7 +367,7 @@ impl VsockDriver {
             Step::PeerClosed => {
                 let is_closed = socket.peer_shutdown() == Directions::BOTH
                     || connection.has_sent_shutdown(Directions::BOTH.bits());
-                if state == State::Established && !is_closed {
+                if state != State::Closing && !is_closed {
                     self.statistics.resets_by_peer.increment();
                 }
                 self.cancel_waiting(&connection);
@@ -396,7 +400,7 @@ impl VsockDriver {
             child.set_addresses(flow.local, flow.remote);
             child.assign_transport::<Self>(listener)?;
             let connection = child.connection::<Self>().ok_or(ENODEV)?;
-            connection.note_peer_credit(header.buf_alloc, header.fwd_cnt);
+            connection.note_packet(header);
             if let Some(cid) = self.guest_cid() {
                 connection.set_guest_cid(cid);
             }

@@ -14,6 +14,8 @@ pub enum State {
     Listening,
     /// Has sent a request and waits for the response.
     Connecting,
+    /// As established, and the peer has not said anything since its request.
+    Accepted,
     /// Can send and receive, but for directions that were shut down.
     Established,
     /// Has been closed and waits for nothing but the peer's RST.
@@ -91,18 +93,23 @@ pub fn step(state: State, peer_shutdown: u32, header: &Header) -> Step {
             reply: true,
         },
 
-        (State::Established, Op::Rw) if header.len == 0 && header.message_end().is_none() => {
+        // The peer's connect() ended by a signal or its timeout and was called again, before our response came, which is one
+        // to this request now. (One that came in between would have been refused.)
+        (State::Accepted, Op::Request) => Step::NoteCredit,
+        (State::Established, Op::Request) => Step::PeerForgot,
+        (State::Accepted | State::Established, Op::Rw)
+            if header.len == 0 && header.message_end().is_none() =>
+        {
             Step::NoteCredit
         }
-        (State::Established, Op::Rw) => Step::Deliver,
-        (State::Established, Op::CreditRequest) => Step::SendCredit,
-        (State::Established, Op::CreditUpdate) => Step::NoteCredit,
-        (State::Established, Op::Shutdown) => {
+        (State::Accepted | State::Established, Op::Rw) => Step::Deliver,
+        (State::Accepted | State::Established, Op::CreditRequest) => Step::SendCredit,
+        (State::Accepted | State::Established, Op::CreditUpdate) => Step::NoteCredit,
+        (State::Accepted | State::Established, Op::Shutdown) => {
             Step::PeerShutdown(peer_shutdown | (header.flags & SHUTDOWN_BOTH))
         }
-        (State::Established, Op::Rst) => Step::PeerClosed,
-        (State::Established, Op::Request) => Step::PeerForgot,
-        (State::Established, Op::Response | Op::Unknown(_)) => Step::Drop,
+        (State::Accepted | State::Established, Op::Rst) => Step::PeerClosed,
+        (State::Accepted | State::Established, Op::Response | Op::Unknown(_)) => Step::Drop,
 
         (State::Closing, Op::Rst) => Step::PeerClosed,
         (State::Closing, _) => Step::Drop,

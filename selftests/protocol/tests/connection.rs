@@ -11,9 +11,10 @@ use vsock_protocol::{
     },
 };
 
-const STATES: [State; 5] = [
+const STATES: [State; 6] = [
     State::Listening,
     State::Connecting,
+    State::Accepted,
     State::Established,
     State::Closing,
     State::Closed,
@@ -49,29 +50,45 @@ fn every_state_takes_every_op() {
     use Step::*;
     // One column for each of STATES.
     let table = [
-        (Op::Request, [Accept, CONFUSED, PeerForgot, Drop, Refuse]),
-        (Op::Response, [Refuse, Establish, Drop, Drop, Refuse]),
-        (Op::Rst, [Drop, REFUSED, PeerClosed, PeerClosed, Drop]),
+        (
+            Op::Request,
+            [Accept, CONFUSED, NoteCredit, PeerForgot, Drop, Refuse],
+        ),
+        (Op::Response, [Refuse, Establish, Drop, Drop, Drop, Refuse]),
+        (
+            Op::Rst,
+            [Drop, REFUSED, PeerClosed, PeerClosed, PeerClosed, Drop],
+        ),
         // Without a flag it shuts nothing down.
         (
             Op::Shutdown,
-            [Refuse, CONFUSED, PeerShutdown(0), Drop, Refuse],
+            [
+                Refuse,
+                CONFUSED,
+                PeerShutdown(0),
+                PeerShutdown(0),
+                Drop,
+                Refuse,
+            ],
         ),
         // Without payload it carries credit alone.
-        (Op::Rw, [Refuse, CONFUSED, NoteCredit, Drop, Refuse]),
+        (
+            Op::Rw,
+            [Refuse, CONFUSED, NoteCredit, NoteCredit, Drop, Refuse],
+        ),
         (
             Op::CreditUpdate,
-            [Refuse, CONFUSED, NoteCredit, Drop, Refuse],
+            [Refuse, CONFUSED, NoteCredit, NoteCredit, Drop, Refuse],
         ),
         (
             Op::CreditRequest,
-            [Refuse, CONFUSED, SendCredit, Drop, Refuse],
+            [Refuse, CONFUSED, SendCredit, SendCredit, Drop, Refuse],
         ),
-        (Op::Unknown(0), [Refuse, CONFUSED, Drop, Drop, Refuse]),
-        (Op::Unknown(8), [Refuse, CONFUSED, Drop, Drop, Refuse]),
+        (Op::Unknown(0), [Refuse, CONFUSED, Drop, Drop, Drop, Refuse]),
+        (Op::Unknown(8), [Refuse, CONFUSED, Drop, Drop, Drop, Refuse]),
         (
             Op::Unknown(u16::MAX),
-            [Refuse, CONFUSED, Drop, Drop, Refuse],
+            [Refuse, CONFUSED, Drop, Drop, Drop, Refuse],
         ),
     ];
     for (op, steps) in table {
@@ -79,6 +96,10 @@ fn every_state_takes_every_op() {
             assert_eq!(step(state, 0, &packet(op)), expected, "{state:?}, {op:?}");
         }
     }
+}
+
+fn is_connected(state: State) -> bool {
+    matches!(state, State::Accepted | State::Established)
 }
 
 #[test]
@@ -89,7 +110,7 @@ fn payload_is_delivered_to_established_connections_only() {
     };
     for state in STATES {
         let delivered = step(state, 0, &payload) == Step::Deliver;
-        assert_eq!(delivered, state == State::Established, "{state:?}");
+        assert_eq!(delivered, is_connected(state), "{state:?}");
     }
 }
 
@@ -127,6 +148,30 @@ fn shutdowns_add_up_and_are_never_taken_back() {
             );
         }
     }
+}
+
+#[test]
+fn a_repeated_request_connects_once() {
+    let mut pair = Pair::default();
+    let mut act = |end, arrivals, what| {
+        pair.act(Action {
+            end,
+            arrivals,
+            what,
+        })
+    };
+    act(1, 0, What::Listen(true));
+    act(0, 0, What::Connect);
+    // The response is on its way when it is interrupted.
+    act(1, 1, What::RequestCredit);
+    act(0, 0, What::Interrupt);
+    act(0, 0, What::Connect);
+    act(0, 1, What::Send(1));
+    pair.deliver_all();
+    let [client, server] = &pair.ends;
+    assert_eq!(client.state, State::Established);
+    assert_eq!(server.state, State::Established);
+    assert_eq!(server.received, 1);
 }
 
 fn any_state() -> impl Strategy<Value = State> {
@@ -185,9 +230,8 @@ proptest! {
         }
         pair.deliver_all();
         let [a, b] = &pair.ends;
-        prop_assert_eq!(a.state, b.state);
-        prop_assert!(matches!(a.state, State::Closed | State::Established), "{:?}", a.state);
-        if a.state == State::Established {
+        prop_assert_eq!(is_connected(a.state), is_connected(b.state));
+        if is_connected(a.state) {
             prop_assert_eq!(a.received, b.sent);
             prop_assert_eq!(b.received, a.sent);
             prop_assert_eq!(a.peer_shutdown, b.shutdown);
@@ -195,6 +239,8 @@ proptest! {
             // Who has closed waits for nothing any more.
             prop_assert_ne!(a.shutdown, SHUTDOWN_BOTH);
             prop_assert_ne!(b.shutdown, SHUTDOWN_BOTH);
+        } else {
+            prop_assert_eq!((a.state, b.state), (State::Closed, State::Closed));
         }
     }
 
@@ -209,7 +255,7 @@ proptest! {
             let was = (end.state, end.listens);
             let answer = end.receive(&header);
             prop_assert!(answer.is_none() || header.op != Op::Rst);
-            if end.state == State::Established && was.0 != State::Established {
+            if is_connected(end.state) && !is_connected(was.0) {
                 prop_assert!(
                     matches!(
                         (was, header.op),
@@ -257,6 +303,8 @@ fn is_answered(step: Step) -> bool {
 struct End {
     listens: bool,
     was_used: bool,
+    /// A signal has ended its connect(), which it may call again.
+    was_interrupted: bool,
     state: State,
     shutdown: u32,
     peer_shutdown: u32,
@@ -269,6 +317,7 @@ impl Default for End {
         End {
             listens: false,
             was_used: false,
+            was_interrupted: false,
             state: State::Closed,
             shutdown: 0,
             peer_shutdown: 0,
@@ -283,6 +332,7 @@ impl Default for End {
 enum What {
     Listen(bool),
     Connect,
+    Interrupt,
     Send(u32),
     Shutdown(u32),
     Close,
@@ -316,11 +366,11 @@ impl End {
                 self.listens = listens;
                 None
             }
-            (What::Connect, State::Closed) if !self.was_used => {
+            (What::Connect, State::Closed) if !self.was_used || self.was_interrupted => {
                 self.begin(State::Connecting);
                 Some(packet(Op::Request))
             }
-            (What::Send(len), State::Established)
+            (What::Send(len), State::Accepted | State::Established)
                 if self.shutdown & SHUTDOWN_SEND == 0 && self.peer_shutdown & SHUTDOWN_RCV == 0 =>
             {
                 self.sent += u64::from(len);
@@ -329,13 +379,22 @@ impl End {
                     ..packet(Op::Rw)
                 })
             }
-            (What::Shutdown(directions), State::Established) => self.shut_down(directions),
-            (What::Close, State::Established) => self.shut_down(SHUTDOWN_BOTH),
+            (What::Shutdown(directions), State::Accepted | State::Established) => {
+                self.shut_down(directions)
+            }
+            (What::Close, State::Accepted | State::Established) => self.shut_down(SHUTDOWN_BOTH),
+            (What::Interrupt, State::Connecting) => {
+                self.begin(State::Closed);
+                self.was_interrupted = true;
+                None
+            }
             (What::Close, State::Connecting) => {
                 self.begin(State::Closed);
                 None
             }
-            (What::RequestCredit, State::Established) => Some(packet(Op::CreditRequest)),
+            (What::RequestCredit, State::Accepted | State::Established) => {
+                Some(packet(Op::CreditRequest))
+            }
             _ => None,
         }
     }
@@ -346,9 +405,12 @@ impl End {
             State::Closed if self.listens && !self.was_used => State::Listening,
             state => state,
         };
+        if state == State::Accepted && header.op != Op::Request {
+            self.state = State::Established;
+        }
         match step(state, self.peer_shutdown, header) {
             Step::Accept => {
-                self.begin(State::Established);
+                self.begin(State::Accepted);
                 return Some(packet(Op::Response));
             }
             Step::Refuse => return header.reset_reply(),
@@ -388,6 +450,7 @@ fn any_action() -> impl Strategy<Value = Action> {
         any::<bool>().prop_map(What::Listen),
         Just(What::Connect),
         Just(What::Connect),
+        Just(What::Interrupt),
         (1..1000u32).prop_map(What::Send),
         (1..1000u32).prop_map(What::Send),
         (1..=SHUTDOWN_BOTH).prop_map(What::Shutdown),

@@ -83,8 +83,8 @@ pub fn all(env: &Env) -> Vec<&'static Test> {
 }
 
 tests! {
-    stream: between_guests, over_the_bridge, unreadable_memory, connect_refused, connect_timeout, nonblocking_connect, backlog_full,
-        bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data,
+    stream: between_guests, over_the_bridge, unreadable_memory, connect_refused, connect_timeout, connect_again,
+        nonblocking_connect, backlog_full, bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data,
         ports_used_anew, close_timeout, linger, epipe, shutdown_after_the_end, many_connections;
     messages: without_room, waits_for_room, buffer_becomes_too_small, unreadable_end, many_short_ones;
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,

@@ -19,7 +19,15 @@ fuzz_target!(|bytes: [u8; HEADER_LEN]| {
         }
         None => assert_eq!(header.op, Op::Rst),
     }
-    for state in [State::Listening, State::Connecting, State::Established, State::Closing, State::Closed] {
+    let states = [
+        State::Listening,
+        State::Connecting,
+        State::Accepted,
+        State::Established,
+        State::Closing,
+        State::Closed,
+    ];
+    for state in states {
         for peer_shutdown in 0..=SHUTDOWN_BOTH {
             step(state, peer_shutdown, &header);
         }

@@ -205,6 +205,8 @@ pub fn counters(lab: &Lab) -> Result<()> {
     })?;
     connect(&peer)?;
     expect_counted(&guest, &[("resets_by_new_request", 1)], || {
+        // Not a repeated one, for the peer knows of the connection.
+        peer.send(Op::CREDIT_UPDATE);
         peer.send(Op::REQUEST);
         peer.find(Op::RST).map(drop)
     })?;

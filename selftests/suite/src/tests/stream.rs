@@ -153,6 +153,40 @@ pub fn connect_timeout(lab: &Lab) -> Result<()> {
     expect_eq("the port that refuses", rst.src_port, request.src_port)
 }
 
+/// A request is repeated where a connect() that a signal or its timeout has ended is called again: the response to the
+/// first one connects both.
+pub fn connect_again(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::watch(&guest);
+    peer.send(Op::REQUEST);
+    peer.send(Op::REQUEST);
+    peer.expect(Op::RESPONSE)?;
+    let fd = guest.accept(listener)?;
+    peer.expect_silence()?;
+    peer.send_payload(b"hello");
+    expect_eq("recv()", guest.recv(fd, 99)?, "hello".to_owned())?;
+    expect_eq("send()", guest.send(fd, "world")?, 5)?;
+    expect_eq(
+        "the payload",
+        peer.expect(Op::RW)?.payload,
+        b"world".to_vec(),
+    )?;
+
+    let socket = guest.socket(STREAM)?;
+    expect_errno(
+        "connect() without an answer",
+        guest.connect(socket, HOST, PORT),
+        "ETIMEDOUT",
+    )?;
+    let first = peer.expect(Op::REQUEST)?;
+    let connecting = guest.start_connect(socket, HOST, PORT);
+    let second = peer.expect(Op::REQUEST)?;
+    expect_eq("the port", second.src_port, first.src_port)?;
+    guest.device.inject(first.reply(Op::RESPONSE));
+    Ok(connecting.wait::<()>(LIMIT)?)
+}
+
 /// connect() of a non-blocking socket, and what poll() says before and after the answer.
 pub fn nonblocking_connect(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
