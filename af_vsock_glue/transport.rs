@@ -129,7 +129,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     ) -> Result<usize>;
 
     /// Sends a message of a seqpacket socket, of `len` bytes. Returns `len`, or 0 where the peer has no room for all of it; then
-    /// [`Self::room_to_send`] is 0 until it has. EMSGSIZE where it never will have.
+    /// [`Self::room_to_send`] is 0 until it has, or the caller waits. EMSGSIZE where it never will have.
     fn send_message(
         self: ArcBorrow<'_, Self>,
         socket: &LockedSocket<'_>,
@@ -147,7 +147,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     /// Bytes that can be received. May be called without the lock.
     fn readable(connection: &Self::Connection) -> usize;
 
-    /// Bytes that can be sent: a writer asks, who waits while it is 0.
+    /// Bytes that can be sent: a writer asks, who waits while it is 0. Not 0 where a message is to be tried.
     fn room_to_send(&self, socket: &LockedSocket<'_>, connection: &Self::Connection) -> usize;
 
     /// The same, for poll().

@@ -243,7 +243,10 @@ pub(crate) struct Connection {
     /// How much room the message needs that found too little last, in bytes, unless its sender waits. Changed with the socket's
     /// lock.
     needed_room: Atomic<u32>,
-    /// The PID of the task that sends that message. Changed with the socket's lock.
+    /// The same of the message before, for when the sender of that one waits. Changed with the socket's lock.
+    needed_before: Atomic<u32>,
+    /// The PID of the task that has tried to send the message in the call that it is in; 0 where none has. Changed with the
+    /// socket's lock.
     needed_by: Atomic<i32>,
     /// Credit updates that were given to [`tx`](super::tx) and not yet taken by the device.
     waiting_updates: Atomic<i32>,
@@ -341,7 +344,7 @@ pub(crate) enum ResetState {
 /// What a packet of the peer changes, beyond what it is for.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PeerNews {
-    /// Senders need not wait any more: more can be sent than before, or not even an empty buffer of the peer has room for a
+    /// Senders have to look again: more can be sent than before, or not even an empty buffer of the peer may have room for a
     /// message that waits.
     pub(crate) ends_waits: bool,
     /// Linux limits what it sends by the size of its own buffer, too, so that it may need an update to go on.
@@ -382,6 +385,7 @@ impl Connection {
                 untold_readers: Atomic::new(0),
                 unsent: Atomic::new(0),
                 needed_room: Atomic::new(0),
+                needed_before: Atomic::new(0),
                 needed_by: Atomic::new(0),
                 waiting_updates: Atomic::new(0),
                 waiting,
@@ -453,6 +457,12 @@ impl Connection {
         }
     }
 
+    /// Whether the peer was sent nothing that a program here has sent or shut down.
+    pub(crate) fn has_sent_nothing(&self) -> bool {
+        let state = self.state.lock();
+        state.send.is_untouched() && state.shutdown_sent == 0
+    }
+
     /// Takes up to `wanted` bytes of credit.
     pub(crate) fn take_send_credit(&self, wanted: u32) -> u32 {
         let unsent = self.unsent();
@@ -462,7 +472,7 @@ impl Connection {
     }
 
     /// Takes credit for a message of `len` bytes, for all of it: a part that was sent could not be taken back. Returns whether
-    /// there was so much; otherwise the current task finds no room to send until there is, and poll() none, unless the task
+    /// there was so much; otherwise the current task finds no room to send, and poll() none, until there is or the task
     /// [waits](Self::note_waiting_sender). Needs the socket's lock.
     ///
     /// # Errors
@@ -473,10 +483,13 @@ impl Connection {
         let unsent = self.unsent();
         let mut state = self.state.lock();
         if len > state.largest_message() {
-            self.needed_room.store(0, Relaxed);
             return Err(EMSGSIZE);
         }
         if len > state.sendable(unsent) {
+            if self.needed_by_sender() == 0 {
+                let before = self.needed_room.load(Relaxed);
+                self.needed_before.store(before, Relaxed);
+            }
             self.needed_room.store(len, Relaxed);
             self.needed_by.store(current!().pid(), Relaxed);
             return Ok(false);
@@ -485,14 +498,24 @@ impl Connection {
         Ok(true)
     }
 
-    /// Notes that the current task waits for room: poll() is asked for others then, who may have shorter messages. Needs the
+    /// Notes that the current task begins to send: what it, or another, has tried before does not matter to it. Needs the
     /// socket's lock.
-    pub(crate) fn note_waiting_sender(&self) {
-        self.needed_room.store(0, Relaxed);
+    pub(crate) fn note_new_sender(&self) {
+        self.needed_by.store(0, Relaxed);
     }
 
-    /// Lets a sender have the room that was too little for a message before. Returns whether poll() found none because of that.
-    /// Needs the socket's lock.
+    /// Notes that the current task waits for room, and tries its message again when it is woken: poll() is asked for others
+    /// then, who may have shorter ones. Needs the socket's lock.
+    pub(crate) fn note_waiting_sender(&self) {
+        if self.needed_by_sender() > 0 {
+            let before = self.needed_before.load(Relaxed);
+            self.needed_room.store(before, Relaxed);
+            self.needed_by.store(0, Relaxed);
+        }
+    }
+
+    /// Notes that a message needs no more room, whether it was sent or cannot be. Returns whether poll() found none because of
+    /// one. Needs the socket's lock.
     pub(crate) fn forget_needed_room(&self) -> bool {
         let is_needed = self.needed_room.load(Relaxed) > 0;
         if is_needed {
@@ -532,9 +555,14 @@ impl Connection {
         self.room_for(self.needed_room.load(Relaxed))
     }
 
-    /// Bytes that can be sent by the current task; 0 where its message needs more.
+    /// Bytes that can be sent by the current task; 0 where its message needs more, and not where that is to be tried: it may have
+    /// become too long to wait for.
     pub(crate) fn room_to_send(&self) -> u32 {
-        self.room_for(self.needed_by_sender())
+        let needed = self.needed_by_sender();
+        if self.socket_type == SocketType::SeqPacket && needed == 0 {
+            return self.state.lock().largest_message().min(1);
+        }
+        self.room_for(needed)
     }
 
     /// How much room the message needs for which the current task has found too little, in bytes.
@@ -551,7 +579,7 @@ impl Connection {
         let room = state.sendable(unsent);
         let largest = state.largest_message();
         if needed > largest && largest > 0 {
-            // A buffer has become smaller meanwhile. Whoever sends the message learns that it is too long.
+            // A buffer has become smaller meanwhile. Who tries the message again learns that it is too long.
             return room.max(1);
         }
         match room < needed {

@@ -92,7 +92,12 @@ impl VsockDriver {
         len: usize,
     ) -> Result<usize> {
         fail_if_reset(&connection)?;
-        if !connection.take_message_credit(len)? {
+        let is_taken = connection.take_message_credit(len);
+        if !matches!(is_taken, Ok(false)) && connection.forget_needed_room() {
+            // poll() has found no room because of the message, or of one that somebody else has tried.
+            socket.write_space();
+        }
+        if !is_taken? {
             return Ok(0);
         }
         // It is no more than the peer's buffer, whose size is 32 bits.

@@ -358,6 +358,13 @@ impl VsockDriver {
                 }
                 fail_connect(socket, error);
             }
+            Step::RespondAgain => {
+                if connection.has_sent_nothing() {
+                    // Where there is no memory for it the peer asks again.
+                    let _ =
+                        self.send_control(socket, connection, ControlPacket::reply(Op::Response));
+                }
+            }
             Step::Deliver => self.deliver(socket, connection, header, payload),
             Step::SendCredit => self.send_credit_update(socket, connection, true),
             Step::NoteCredit => {}

@@ -220,9 +220,7 @@ impl Transport for VsockDriver {
     }
 
     fn before_send(&self, socket: &LockedSocket<'_>, connection: &Connection) -> Result {
-        if connection.forget_needed_room() {
-            socket.write_space();
-        }
+        connection.note_new_sender();
         tell_of_reset(socket, connection)
     }
 

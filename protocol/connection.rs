@@ -49,6 +49,12 @@ pub enum Step {
         /// Whether the peer is told.
         reply: bool,
     },
+    /// The peer's connect() was ended by a signal or its timeout, and called again: answer with a response once more, unless
+    /// something was sent since the first.
+    ///
+    /// Where that one was still on its way it answers this request, too. (Had the peer had it between the two, it would have
+    /// refused it.) But Linux of before the end of 2025 may have had it and forgotten the connection, and waits for another.
+    RespondAgain,
     /// Put the payload into the receive buffer.
     Deliver,
     /// Answer with a credit update.
@@ -69,7 +75,11 @@ impl Step {
     /// Whether a connection that was established goes on.
     pub fn keeps_connection(self) -> bool {
         match self {
-            Step::Deliver | Step::SendCredit | Step::NoteCredit | Step::Drop => true,
+            Step::RespondAgain
+            | Step::Deliver
+            | Step::SendCredit
+            | Step::NoteCredit
+            | Step::Drop => true,
             Step::PeerShutdown(directions) => directions != SHUTDOWN_BOTH,
             _ => false,
         }
@@ -93,9 +103,7 @@ pub fn step(state: State, peer_shutdown: u32, header: &Header) -> Step {
             reply: true,
         },
 
-        // The peer's connect() ended by a signal or its timeout and was called again, before our response came, which is one
-        // to this request now. (One that came in between would have been refused.)
-        (State::Accepted, Op::Request) => Step::NoteCredit,
+        (State::Accepted, Op::Request) => Step::RespondAgain,
         (State::Established, Op::Request) => Step::PeerForgot,
         (State::Accepted | State::Established, Op::Rw)
             if header.len == 0 && header.message_end().is_none() =>

@@ -38,6 +38,11 @@ impl SendCredit {
         taken
     }
 
+    /// Whether nothing was sent, as far as a peer can tell that has not said anything since.
+    pub fn is_untouched(&self) -> bool {
+        self.tx_cnt == 0
+    }
+
     /// Gives back credit that was taken for bytes which are not sent after all.
     pub fn give_back(&mut self, unused: u32) {
         self.tx_cnt = self.tx_cnt.wrapping_sub(unused);

@@ -52,7 +52,7 @@ fn every_state_takes_every_op() {
     let table = [
         (
             Op::Request,
-            [Accept, CONFUSED, NoteCredit, PeerForgot, Drop, Refuse],
+            [Accept, CONFUSED, RespondAgain, PeerForgot, Drop, Refuse],
         ),
         (Op::Response, [Refuse, Establish, Drop, Drop, Drop, Refuse]),
         (
@@ -150,28 +150,41 @@ fn shutdowns_add_up_and_are_never_taken_back() {
     }
 }
 
-#[test]
-fn a_repeated_request_connects_once() {
+/// A client asks for a connection, is interrupted when `arrivals` packets have come, asks again and sends a byte.
+fn connect_again(arrivals: usize, interrupt: What) -> Pair {
     let mut pair = Pair::default();
-    let mut act = |end, arrivals, what| {
+    let actions = [
+        (1, 0, What::Listen(true)),
+        (0, 0, What::Connect),
+        // The response is on its way to it.
+        (1, 1, What::Listen(true)),
+        (0, arrivals, interrupt),
+        (0, 0, What::Connect),
+        (1, 1, What::Listen(true)),
+        (0, 1, What::Send(1)),
+    ];
+    for (end, arrivals, what) in actions {
         pair.act(Action {
             end,
             arrivals,
             what,
-        })
-    };
-    act(1, 0, What::Listen(true));
-    act(0, 0, What::Connect);
-    // The response is on its way when it is interrupted.
-    act(1, 1, What::RequestCredit);
-    act(0, 0, What::Interrupt);
-    act(0, 0, What::Connect);
-    act(0, 1, What::Send(1));
+        });
+    }
     pair.deliver_all();
-    let [client, server] = &pair.ends;
-    assert_eq!(client.state, State::Established);
-    assert_eq!(server.state, State::Established);
-    assert_eq!(server.received, 1);
+    pair
+}
+
+#[test]
+fn a_repeated_request_connects_once() {
+    for pair in [
+        connect_again(0, What::Interrupt),
+        connect_again(1, What::Forget),
+    ] {
+        let [client, server] = &pair.ends;
+        assert_eq!(client.state, State::Established, "{pair:?}");
+        assert_eq!(server.state, State::Established, "{pair:?}");
+        assert_eq!(server.received, 1, "{pair:?}");
+    }
 }
 
 fn any_state() -> impl Strategy<Value = State> {
@@ -288,6 +301,7 @@ fn is_answered(step: Step) -> bool {
     matches!(
         step,
         Step::Accept
+            | Step::RespondAgain
             | Step::Refuse
             | Step::FailConnect { reply: true, .. }
             | Step::SendCredit
@@ -332,7 +346,10 @@ impl Default for End {
 enum What {
     Listen(bool),
     Connect,
+    /// A signal ends connect().
     Interrupt,
+    /// So it does, but the response has come already, and is forgotten.
+    Forget,
     Send(u32),
     Shutdown(u32),
     Close,
@@ -383,7 +400,7 @@ impl End {
                 self.shut_down(directions)
             }
             (What::Close, State::Accepted | State::Established) => self.shut_down(SHUTDOWN_BOTH),
-            (What::Interrupt, State::Connecting) => {
+            (What::Interrupt, State::Connecting) | (What::Forget, State::Established) => {
                 self.begin(State::Closed);
                 self.was_interrupted = true;
                 None
@@ -425,6 +442,9 @@ impl End {
             Step::PeerShutdown(SHUTDOWN_BOTH) => {
                 self.begin(State::Closed);
                 return header.reset_reply();
+            }
+            Step::RespondAgain => {
+                return (self.sent == 0 && self.shutdown == 0).then(|| packet(Op::Response))
             }
             Step::PeerShutdown(directions) => self.peer_shutdown = directions,
             Step::PeerClosed => self.begin(State::Closed),

@@ -514,7 +514,9 @@ impl Device {
                     self.send(super::packet(rst, None));
                 }
             }
-            Step::PeerForgot => return Err("a request on a connection that there is"),
+            Step::RespondAgain | Step::PeerForgot => {
+                return Err("a request on a connection that there is")
+            }
             Step::Accept | Step::Refuse | Step::NoteCredit | Step::Drop => {}
         }
         Ok(())

@@ -591,6 +591,8 @@ impl Driver {
                     self.end_by_rst(id, queues, scenario);
                 }
             }
+            // The model's sockets are Established from the first, so this is not asked for.
+            Step::RespondAgain => return Err("a repeated request"),
             Step::PeerForgot => self.end_by_rst(id, queues, scenario),
             Step::PeerClosed => self.forget(id),
         }

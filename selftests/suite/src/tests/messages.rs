@@ -105,7 +105,23 @@ pub fn without_room(lab: &Lab) -> Result<()> {
     give_credit(&mut peer, BUFFER, FIRST as u32)?;
     expect_eq("poll()", polling.wait::<i16>(LIMIT)?, libc::POLLOUT)?;
     expect_eq("send()", send(&guest, fd, LONG, libc::MSG_DONTWAIT)?, LONG)?;
-    expect_message(&peer, LONG)
+    expect_message(&peer, LONG)?;
+    // Another one that waits does not change what poll() waits for.
+    guest.set_option(fd, libc::SOL_SOCKET, libc::SO_SNDTIMEO, &[0; 16])?;
+    expect_errno(
+        "send() of what does not wait",
+        send(&guest, fd, FIRST, libc::MSG_DONTWAIT),
+        "EAGAIN",
+    )?;
+    let sending = start_send(&guest, fd, LONG, 0);
+    sending.expect_blocked(A_WHILE)?;
+    give_credit(&mut peer, BUFFER, FIRST as u32 + 10_000)?;
+    sending.expect_blocked(A_WHILE)?;
+    expect_eq("poll()", guest.poll(fd, libc::POLLOUT, Duration::ZERO)?, 0)?;
+    peer.set_credit(BUFFER, (FIRST + 10 + LONG) as u32);
+    peer.send(Op::CREDIT_UPDATE);
+    expect_message(&peer, LONG)?;
+    expect_eq("send() of what waits", sending.wait::<usize>(LIMIT)?, LONG)
 }
 
 /// A message that waits for room goes as a whole when there is some. Others, for which there is room, do not wait for it, and do
@@ -163,6 +179,19 @@ pub fn buffer_becomes_too_small(lab: &Lab) -> Result<()> {
     let (mut peer, fd) = connection(&guest, BUFFER)?;
     expect_eq("send()", send(&guest, fd, FIRST, 0)?, FIRST)?;
     expect_message(&peer, FIRST)?;
+    let sending = start_send(&guest, fd, LONG, 0);
+    sending.expect_blocked(A_WHILE)?;
+    // There is no room at all.
+    peer.set_credit(FIRST as u32, 0);
+    peer.send(Op::CREDIT_UPDATE);
+    expect_errno("send()", sending.wait::<usize>(LIMIT), "EMSGSIZE")?;
+    expect_errno(
+        "send() that does not wait",
+        send(&guest, fd, LONG, libc::MSG_DONTWAIT),
+        "EMSGSIZE",
+    )?;
+    give_credit(&mut peer, BUFFER, 0)?;
+    peer.drain();
     let sending = start_send(&guest, fd, LONG, 0);
     sending.expect_blocked(A_WHILE)?;
     // A half of it is in use, and there is less room than before.

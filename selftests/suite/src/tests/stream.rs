@@ -4,6 +4,7 @@
 
 use std::io::{Read, Write};
 use std::net::Shutdown;
+use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
@@ -153,24 +154,26 @@ pub fn connect_timeout(lab: &Lab) -> Result<()> {
     expect_eq("the port that refuses", rst.src_port, request.src_port)
 }
 
-/// A request is repeated where a connect() that a signal or its timeout has ended is called again: the response to the
-/// first one connects both.
+/// A request is repeated where a connect() that a signal or its timeout has ended is called again: the peer is answered
+/// again, and it is the same connection. After something was sent on it the peer is not.
 pub fn connect_again(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let listener = guest.listener(PORT)?;
-    let peer = Peer::watch(&guest);
-    peer.send(Op::REQUEST);
+    let peer = Peer::connect(&guest)?;
     peer.send(Op::REQUEST);
     peer.expect(Op::RESPONSE)?;
     let fd = guest.accept(listener)?;
+    expect_eq("send()", guest.send(fd, "hello")?, 5)?;
+    let hello = peer.expect(Op::RW)?.payload;
+    expect_eq("the payload", hello, b"hello".to_vec())?;
+    peer.send(Op::REQUEST);
     peer.expect_silence()?;
-    peer.send_payload(b"hello");
-    expect_eq("recv()", guest.recv(fd, 99)?, "hello".to_owned())?;
-    expect_eq("send()", guest.send(fd, "world")?, 5)?;
+    peer.send_payload(b"world");
+    expect_eq("recv()", guest.recv(fd, 99)?, "world".to_owned())?;
     expect_eq(
-        "the payload",
-        peer.expect(Op::RW)?.payload,
-        b"world".to_vec(),
+        "another connection",
+        guest.poll(listener, libc::POLLIN, Duration::ZERO)?,
+        0,
     )?;
 
     let socket = guest.socket(STREAM)?;
