@@ -9,7 +9,13 @@ use super::{
     message::{MessageDest, MessageSource, ZeroCopy},
     socket::Socket,
 };
-use core::{marker::PhantomData, mem::ManuallyDrop, ops::ControlFlow, ptr, ptr::NonNull};
+use core::{
+    marker::PhantomData,
+    mem::ManuallyDrop,
+    ops::{ControlFlow, Deref},
+    ptr,
+    ptr::NonNull, //
+};
 use kernel::{alloc::AllocError, error::to_result, ffi::c_int, prelude::*};
 
 /// Size of `skb->cb`, the room that a buffer has for its owner's use.
@@ -489,6 +495,63 @@ unsafe fn next_of(skb: *mut bindings::sk_buff) -> *mut *mut bindings::sk_buff {
     unsafe { &raw mut (*skb).__bindgen_anon_1.__bindgen_anon_1.next }
 }
 
+/// A buffer that is in a queue, and stays there.
+///
+/// # Invariants
+///
+/// The queue is borrowed for `'a`, and nobody else has this buffer of it meanwhile.
+pub(crate) struct QueuedSkBuff<'a, C> {
+    // Not dropped, for the queue owns it; nor given away mutably, which would let it be replaced.
+    skb: ManuallyDrop<SkBuff<C>>,
+    _queue: PhantomData<&'a mut SkBuffQueue<C>>,
+}
+
+impl<C> QueuedSkBuff<'_, C> {
+    /// # Safety
+    ///
+    /// `skb` is in a queue that is borrowed mutably for the lifetime, and nobody else has it.
+    unsafe fn new(skb: NonNull<bindings::sk_buff>) -> Self {
+        // INVARIANT: As the caller promises.
+        Self {
+            // SAFETY: It went in by `into_raw()`; it is not dropped here.
+            skb: ManuallyDrop::new(unsafe { SkBuff::from_raw(skb) }),
+            _queue: PhantomData,
+        }
+    }
+
+    /// As [`SkBuff::control_mut`].
+    pub(crate) fn control_mut(&mut self) -> &mut C {
+        self.skb.control_mut()
+    }
+}
+
+impl<C: Control<Direction = ToDevice>> QueuedSkBuff<'_, C> {
+    /// As [`SkBuff::front_mut`].
+    pub(crate) fn front_mut<const N: usize>(&mut self) -> Option<&mut [u8; N]> {
+        self.skb.front_mut()
+    }
+}
+
+impl<C: Control<Direction = FromDevice>> QueuedSkBuff<'_, C> {
+    /// As [`SkBuff::append`].
+    pub(crate) fn append<D>(&mut self, other: &SkBuff<D>) -> bool {
+        self.skb.append(other)
+    }
+
+    /// As [`SkBuff::charge_more`].
+    pub(crate) fn charge_more(&mut self, size: usize) {
+        self.skb.charge_more(size);
+    }
+}
+
+impl<C> Deref for QueuedSkBuff<'_, C> {
+    type Target = SkBuff<C>;
+
+    fn deref(&self) -> &SkBuff<C> {
+        &self.skb
+    }
+}
+
 impl<C> SkBuffQueue<C> {
     /// An empty queue.
     pub(crate) const fn new() -> Self {
@@ -554,12 +617,11 @@ impl<C> SkBuffQueue<C> {
         Some(unsafe { SkBuff::from_raw(skb) })
     }
 
-    /// Lets `f` have the last buffer, where there is one.
-    pub(crate) fn with_back<R>(&mut self, f: impl FnOnce(&mut SkBuff<C>) -> R) -> Option<R> {
+    /// The last buffer, where there is one.
+    pub(crate) fn back_mut(&mut self) -> Option<QueuedSkBuff<'_, C>> {
         let skb = NonNull::new(self.tail)?;
-        // SAFETY: By the type invariant; `ManuallyDrop` leaves it in the queue.
-        let mut skb = ManuallyDrop::new(unsafe { SkBuff::from_raw(skb) });
-        Some(f(&mut skb))
+        // SAFETY: By the type invariant, and the queue is borrowed.
+        Some(unsafe { QueuedSkBuff::new(skb) })
     }
 
     /// Appends a buffer, where there is one.
@@ -570,14 +632,13 @@ impl<C> SkBuffQueue<C> {
     }
 
     /// Calls `f` with each buffer from the first on.
-    pub(crate) fn for_each_mut(&mut self, mut f: impl FnMut(&mut SkBuff<C>)) {
+    pub(crate) fn for_each_mut(&mut self, mut f: impl FnMut(QueuedSkBuff<'_, C>)) {
         let mut at = self.head;
         while let Some(skb) = NonNull::new(at) {
-            // SAFETY: By the type invariant; `ManuallyDrop` leaves it in the queue.
-            let mut skb = ManuallyDrop::new(unsafe { SkBuff::from_raw(skb) });
-            f(&mut skb);
-            // SAFETY: The buffer is valid.
-            at = unsafe { *next_of(skb.as_raw()) };
+            // SAFETY: By the type invariant; the queue is borrowed, and one buffer at a time.
+            f(unsafe { QueuedSkBuff::new(skb) });
+            // SAFETY: The buffer is valid, and still in the queue.
+            at = unsafe { *next_of(skb.as_ptr()) };
         }
     }
 

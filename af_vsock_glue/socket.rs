@@ -144,6 +144,16 @@ unsafe impl AlwaysRefCounted for Socket {
     }
 }
 
+/// Whether something is in a list by this link of it.
+///
+/// # Safety
+///
+/// The link is valid, and initialised or deleted as `list_del_init()` does; nobody changes it meanwhile.
+unsafe fn is_listed(link: *const bindings::list_head) -> bool {
+    // SAFETY: As the caller promises.
+    !ptr::eq(unsafe { (*link).next }, link)
+}
+
 impl Socket {
     /// Makes a reference out of a pointer of the core.
     ///
@@ -726,18 +736,27 @@ impl<'a> LockedSocket<'a> {
         Ok(())
     }
 
-    /// Puts a connection into the listener's queue for accept(2).
+    /// Puts a connection into the listener's queue for accept(2), unless it is in one.
     pub(crate) fn enqueue_accept(&self, child: &LockedSocket<'_>) {
+        // SAFETY: Both are locked, as is whoever else puts it into a queue.
+        if unsafe { is_listed(&raw const (*child.as_raw()).accept_queue) } {
+            return;
+        }
         // The reference of the file that accept(2) will make; the core drops it when that is closed.
         child.inc_ref();
-        // SAFETY: Both are locked; the function takes the queue's references.
+        // SAFETY: Both are locked, and the child is in no queue; the function takes the queue's references.
         unsafe { bindings::vsock_enqueue_accept(self.as_sock(), child.as_sock()) }
     }
 
-    /// Puts the socket into the table of connected sockets. Takes `vsock_table_lock`; process context.
+    /// Puts the socket into the table of connected sockets, unless it is there. Takes `vsock_table_lock`; process context.
     pub(crate) fn insert_connected(&self) {
-        // SAFETY: The lock is held; the function takes its own reference.
-        unsafe { bindings::vsock_insert_connected(self.as_raw()) }
+        // SAFETY: The lock is held, by which all put sockets there and take them out, so that it is not there twice; the function
+        // takes its own reference.
+        unsafe {
+            if !is_listed(&raw const (*self.as_raw()).connected_table) {
+                bindings::vsock_insert_connected(self.as_raw());
+            }
+        }
     }
 
     /// Takes the socket out of the table of connected sockets and, where it was closed, of bound ones. Takes

@@ -74,7 +74,7 @@ DEFINE_EVENT(packet, packet_received,
 	TP_ARGS(header)
 );
 
-/* A packet for the device, perhaps before there is room for it. */
+/* A packet that was put into the virtqueue. */
 DEFINE_EVENT(packet, packet_sent,
 	TP_PROTO(const struct virtio_vsock_hdr *header),
 	TP_ARGS(header)

@@ -277,12 +277,13 @@ fn registered() -> *mut Header {
 ///
 /// # Safety
 ///
-/// `operations` is null or a transport that is registered with the core.
+/// `operations` is what a socket has or had for a transport, and the caller keeps the registered one so: it is one of its
+/// callbacks or of its work items, or the device's probe, for all of which unregistering waits.
 pub(super) unsafe fn is_ours<T: Transport>(operations: *const bindings::vsock_transport) -> bool {
     let header = registered();
     !header.is_null()
         && ptr::eq(operations, header.cast())
-        // SAFETY: A socket has the transport, so it stays registered.
+        // SAFETY: The registered transport stays so, as the caller promises.
         && unsafe { (*header).transport == TypeId::of::<T>() }
 }
 

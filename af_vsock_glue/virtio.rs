@@ -239,6 +239,10 @@ impl LiveQueues {
         Ok(())
     }
 
+    fn contains(&self, vdev: *mut bindings::virtio_device) -> bool {
+        self.devices.lock().contains(&vdev.addr())
+    }
+
     fn remove(&self, vdev: *mut bindings::virtio_device) {
         self.devices.lock().retain(|live| *live != vdev.addr());
         self.changed.notify_all();
@@ -270,11 +274,15 @@ impl Device {
         unsafe { bindings::vsock_glue_has_feature(self.vdev, feature) }
     }
 
-    /// Makes the device's first `N` virtqueues. The device does not use them before [`LiveDevice::start`].
+    /// Makes the device's first `N` virtqueues. The device does not use them before [`LiveDevice::start`]. EBUSY where it has
+    /// some.
     pub(crate) fn make_queues<const N: usize>(
         &self,
         names: [&'static CStr; N],
     ) -> Result<(Arc<LiveDevice>, [RawQueue; N])> {
+        if self.live_queues.contains(self.vdev) {
+            return Err(EBUSY);
+        }
         let names = names.map(|name| name.as_char_ptr());
         let mut queues = [ptr::null_mut(); N];
         let live = Arc::pin_init(
@@ -285,7 +293,8 @@ impl Device {
             }),
             GFP_KERNEL,
         )?;
-        // SAFETY: The device is valid, both arrays have `N` entries, and the names live for ever.
+        // SAFETY: The device is valid and has no queues: callbacks of a device come one at a time. Both arrays have `N` entries,
+        // and the names live for ever.
         to_result(unsafe {
             bindings::vsock_glue_find_vqs(
                 self.vdev,

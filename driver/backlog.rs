@@ -144,7 +144,7 @@ impl super::tx::TxState {
         if !waiting.has_turn {
             return Some(packet);
         }
-        // Freeing it calls nobody: it is a control packet, and the caller has the socket.
+        // What is freed is a control packet, whose socket the caller has: that wakes writers and takes no lock of ours.
         waiting.before = Some(packet);
         None
     }
@@ -152,7 +152,7 @@ impl super::tx::TxState {
     /// Gives requests that wait the guest's present CID. They are the first of their connections (on Linux 7.2 an RST of the one
     /// before may be first).
     pub(crate) fn readdress_requests(&mut self, guest_cid: Cid) {
-        self.backlog.turns.for_each_mut(|packet| {
+        self.backlog.turns.for_each_mut(|mut packet| {
             let Some(bytes) = packet.front_mut() else {
                 return;
             };

@@ -5,7 +5,7 @@
 use super::backlog::Waiting;
 use crate::{
     af_vsock_glue::{
-        skb::{Control, FromDevice, SkBuff, SkBuffQueue},
+        skb::{Control, FromDevice, QueuedSkBuff, SkBuff, SkBuffQueue},
         socket::{Address, Socket},
     },
     protocol::{
@@ -163,8 +163,8 @@ impl ReceiveQueue {
         let merged = match merge {
             true => self
                 .packets
-                .with_back(|last| Self::merge(last, &packet, end, crowded))
-                .flatten(),
+                .back_mut()
+                .and_then(|last| Self::merge(last, &packet, end, crowded)),
             false => None,
         };
         if let Some(more_memory) = merged {
@@ -189,7 +189,7 @@ impl ReceiveQueue {
     /// Appends `packet` to `last`, behind the end of a message only where `messages` says so. Returns how many bytes of memory
     /// `last` takes more than before; `None` where `packet` has to stay alone.
     fn merge(
-        last: &mut SkBuff<Received>,
+        mut last: QueuedSkBuff<'_, Received>,
         packet: &SkBuff<()>,
         end: Option<bool>,
         messages: bool,
