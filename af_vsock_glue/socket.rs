@@ -148,10 +148,12 @@ unsafe impl AlwaysRefCounted for Socket {
 ///
 /// # Safety
 ///
-/// The link is valid, and initialised or deleted as `list_del_init()` does; nobody changes it meanwhile.
+/// The link is valid, and initialised or deleted as `list_del_init()` does; nobody puts it into a list or takes it out
+/// meanwhile. Its neighbours may change.
 unsafe fn is_listed(link: *const bindings::list_head) -> bool {
-    // SAFETY: As the caller promises.
-    !ptr::eq(unsafe { (*link).next }, link)
+    // SAFETY: As the caller promises; what neighbours change is read once, and is never the link itself.
+    let next = unsafe { ptr::read_volatile(&raw const (*link).next) };
+    !ptr::eq(next.cast_const(), link)
 }
 
 impl Socket {

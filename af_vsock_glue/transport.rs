@@ -277,8 +277,8 @@ fn registered() -> *mut Header {
 ///
 /// # Safety
 ///
-/// `operations` is what a socket has or had for a transport, and the caller keeps the registered one so: it is one of its
-/// callbacks or of its work items, or the device's probe, for all of which unregistering waits.
+/// `operations` is what a socket has or had for a transport, and the registered one stays so: the caller is one of its
+/// callbacks, has a socket of it, or has the device, which goes before the transport does.
 pub(super) unsafe fn is_ours<T: Transport>(operations: *const bindings::vsock_transport) -> bool {
     let header = registered();
     !header.is_null()

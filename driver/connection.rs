@@ -345,7 +345,7 @@ pub(crate) enum ResetState {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PeerNews {
     /// Senders have to look again: more can be sent than before, or not even an empty buffer of the peer may have room for a
-    /// message that waits.
+    /// message that waits, or there is a buffer again.
     pub(crate) ends_waits: bool,
     /// Linux limits what it sends by the size of its own buffer, too, so that it may need an update to go on.
     pub(crate) peer_buffer_shrank: bool,
@@ -451,7 +451,9 @@ impl Connection {
         state.send.update(header.buf_alloc, header.fwd_cnt);
         state.peer_knows |= header.op != Op::Request;
         PeerNews {
-            ends_waits: state.available() > available || state.largest_message() < largest,
+            ends_waits: state.available() > available
+                || state.largest_message() < largest
+                || (largest == 0 && state.largest_message() > 0),
             peer_buffer_shrank: state.receive.note_peer_buf_alloc(header.buf_alloc),
             peer_knows: state.peer_knows,
         }
@@ -560,6 +562,8 @@ impl Connection {
     pub(crate) fn room_to_send(&self) -> u32 {
         let needed = self.needed_by_sender();
         if self.socket_type == SocketType::SeqPacket && needed == 0 {
+            // For its barrier, as below.
+            self.unsent_for_waiter();
             return self.state.lock().largest_message().min(1);
         }
         self.room_for(needed)

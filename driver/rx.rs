@@ -363,6 +363,8 @@ impl VsockDriver {
                     // Where there is no memory for it the peer asks again.
                     let _ =
                         self.send_control(socket, connection, ControlPacket::reply(Op::Response));
+                } else {
+                    self.probe(socket, connection);
                 }
             }
             Step::Deliver => self.deliver(socket, connection, header, payload),

@@ -805,7 +805,7 @@ impl VsockDriver {
         ))
     }
 
-    /// Sends a packet of a connection, whatever memory there is, which the device answers with RST where it does not have the
+    /// Sends a packet of a connection, whatever memory there is, which a peer answers with RST where it does not have the
     /// connection. Sleeps.
     pub(crate) fn probe(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) {
         // Without a device there is nobody to ask.

@@ -49,11 +49,12 @@ pub enum Step {
         /// Whether the peer is told.
         reply: bool,
     },
-    /// The peer's connect() was ended by a signal or its timeout, and called again: answer with a response once more, unless
-    /// something was sent since the first.
+    /// The peer's connect() was ended by a signal or its timeout, and called again: answer with a response once more. Where
+    /// something was sent since the first one, send a packet instead that a peer without the connection answers with RST.
     ///
-    /// Where that one was still on its way it answers this request, too. (Had the peer had it between the two, it would have
-    /// refused it.) But Linux of before the end of 2025 may have had it and forgotten the connection, and waits for another.
+    /// Where the first response was still on its way it answers this request, too. (Had the peer had it between the two, it would
+    /// have refused it.) But Linux of before the end of 2025 may have had it and forgotten the connection, and waits for another,
+    /// and so does a peer that was started anew; what was sent to it is lost, and the connection with that.
     RespondAgain,
     /// Put the payload into the receive buffer.
     Deliver,

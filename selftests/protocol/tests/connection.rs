@@ -443,9 +443,10 @@ impl End {
                 self.begin(State::Closed);
                 return header.reset_reply();
             }
-            Step::RespondAgain => {
-                return (self.sent == 0 && self.shutdown == 0).then(|| packet(Op::Response))
+            Step::RespondAgain if self.sent == 0 && self.shutdown == 0 => {
+                return Some(packet(Op::Response))
             }
+            Step::RespondAgain => return Some(packet(Op::CreditUpdate)),
             Step::PeerShutdown(directions) => self.peer_shutdown = directions,
             Step::PeerClosed => self.begin(State::Closed),
             Step::PeerForgot => {

@@ -155,11 +155,11 @@ pub fn connect_timeout(lab: &Lab) -> Result<()> {
 }
 
 /// A request is repeated where a connect() that a signal or its timeout has ended is called again: the peer is answered
-/// again, and it is the same connection. After something was sent on it the peer is not.
+/// again, and it is the same connection. After something was sent on it the peer is asked whether it has it.
 pub fn connect_again(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let listener = guest.listener(PORT)?;
-    let peer = Peer::connect(&guest)?;
+    let mut peer = Peer::connect(&guest)?;
     peer.send(Op::REQUEST);
     peer.expect(Op::RESPONSE)?;
     let fd = guest.accept(listener)?;
@@ -167,7 +167,7 @@ pub fn connect_again(lab: &Lab) -> Result<()> {
     let hello = peer.expect(Op::RW)?.payload;
     expect_eq("the payload", hello, b"hello".to_vec())?;
     peer.send(Op::REQUEST);
-    peer.expect_silence()?;
+    peer.expect(Op::CREDIT_UPDATE)?;
     peer.send_payload(b"world");
     expect_eq("recv()", guest.recv(fd, 99)?, "world".to_owned())?;
     expect_eq(
@@ -176,6 +176,21 @@ pub fn connect_again(lab: &Lab) -> Result<()> {
         0,
     )?;
 
+    // A peer that was started anew has neither the connection nor what was sent.
+    peer.set_ports(5001, PORT);
+    peer.send(Op::REQUEST);
+    peer.expect(Op::RESPONSE)?;
+    let fd = guest.accept(listener)?;
+    guest.send(fd, "hello")?;
+    peer.expect(Op::RW)?;
+    peer.send(Op::REQUEST);
+    peer.expect(Op::CREDIT_UPDATE)?;
+    peer.send(Op::RST);
+    expect_eq("recv()", guest.recv(fd, 99)?, String::new())?;
+    peer.send(Op::REQUEST);
+    peer.expect(Op::RESPONSE)?;
+    guest.accept(listener)?;
+
     let socket = guest.socket(STREAM)?;
     expect_errno(
         "connect() without an answer",
@@ -183,6 +198,7 @@ pub fn connect_again(lab: &Lab) -> Result<()> {
         "ETIMEDOUT",
     )?;
     let first = peer.expect(Op::REQUEST)?;
+    guest.set_connect_timeout(socket, LIMIT)?;
     let connecting = guest.start_connect(socket, HOST, PORT);
     let second = peer.expect(Op::REQUEST)?;
     expect_eq("the port", second.src_port, first.src_port)?;
