@@ -3,6 +3,7 @@
 //! systemd as a machine's process 1, as the toolchain root has it: what a distribution's guest runs, and no more of it than
 //! udev, the journal, and units that tests start.
 
+use std::env::consts::ARCH;
 use std::fs;
 use std::path::Path;
 
@@ -24,6 +25,9 @@ const PROGRAMS: &[&str] = &[
     "/usr/lib/systemd/systemd-udevd",
 ];
 
+/// Libraries that newer versions of it load when they need them, and older ones are linked with.
+const LIBRARIES: &[&str] = &["libkmod.so.2", "libmount.so.1"];
+
 /// Where its units are.
 const UNITS: &str = "/usr/lib/systemd/system";
 
@@ -31,6 +35,10 @@ const UNITS: &str = "/usr/lib/systemd/system";
 pub fn add_to(image: &mut Initramfs) -> Result<()> {
     for program in PROGRAMS {
         image.program(Path::new(program))?;
+    }
+    for library in LIBRARIES {
+        // With those that it is linked with itself.
+        image.program(Path::new(&format!("/usr/lib/{ARCH}-linux-gnu/{library}")))?;
     }
     for entry in fs::read_dir(UNITS).with_context(|| format!("reading {UNITS}"))? {
         let path = entry?.path();
