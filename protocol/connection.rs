@@ -105,20 +105,20 @@ pub fn step(state: State, peer_shutdown: u32, header: &Header) -> Step {
         },
 
         (State::Accepted, Op::Request) => Step::RespondAgain,
-        (State::Established, Op::Request) => Step::PeerForgot,
-        (State::Accepted | State::Established, Op::Rw)
-            if header.len == 0 && header.message_end().is_none() =>
-        {
+        (State::Accepted, _) => step(State::Established, peer_shutdown, header),
+
+        (State::Established, Op::Rw) if header.len == 0 && header.message_end().is_none() => {
             Step::NoteCredit
         }
-        (State::Accepted | State::Established, Op::Rw) => Step::Deliver,
-        (State::Accepted | State::Established, Op::CreditRequest) => Step::SendCredit,
-        (State::Accepted | State::Established, Op::CreditUpdate) => Step::NoteCredit,
-        (State::Accepted | State::Established, Op::Shutdown) => {
+        (State::Established, Op::Rw) => Step::Deliver,
+        (State::Established, Op::CreditRequest) => Step::SendCredit,
+        (State::Established, Op::CreditUpdate) => Step::NoteCredit,
+        (State::Established, Op::Shutdown) => {
             Step::PeerShutdown(peer_shutdown | (header.flags & SHUTDOWN_BOTH))
         }
-        (State::Accepted | State::Established, Op::Rst) => Step::PeerClosed,
-        (State::Accepted | State::Established, Op::Response | Op::Unknown(_)) => Step::Drop,
+        (State::Established, Op::Rst) => Step::PeerClosed,
+        (State::Established, Op::Request) => Step::PeerForgot,
+        (State::Established, Op::Response | Op::Unknown(_)) => Step::Drop,
 
         (State::Closing, Op::Rst) => Step::PeerClosed,
         (State::Closing, _) => Step::Drop,

@@ -138,17 +138,22 @@ pub fn connect_refused(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// The host does not answer: ETIMEDOUT, and an answer that comes later is refused.
-pub fn connect_timeout(lab: &Lab) -> Result<()> {
-    let guest = lab.guest()?;
-    let peer = Peer::watch(&guest);
-    let fd = guest.socket(STREAM)?;
+/// Lets a socket connect to a host that does not answer. Returns the request.
+fn connect_in_vain(guest: &Guest, peer: &Peer, fd: i32) -> Result<Packet> {
     expect_errno(
         "connect() without an answer",
         guest.connect(fd, HOST, PORT),
         "ETIMEDOUT",
     )?;
-    let request = peer.expect(Op::REQUEST)?;
+    peer.expect(Op::REQUEST)
+}
+
+/// The host does not answer: ETIMEDOUT, and an answer that comes later is refused.
+pub fn connect_timeout(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let peer = Peer::watch(&guest);
+    let fd = guest.socket(STREAM)?;
+    let request = connect_in_vain(&guest, &peer, fd)?;
     guest.device.inject(request.reply(Op::RESPONSE));
     let rst = peer.expect(Op::RST)?;
     expect_eq("the port that refuses", rst.src_port, request.src_port)
@@ -192,12 +197,7 @@ pub fn connect_again(lab: &Lab) -> Result<()> {
     guest.accept(listener)?;
 
     let socket = guest.socket(STREAM)?;
-    expect_errno(
-        "connect() without an answer",
-        guest.connect(socket, HOST, PORT),
-        "ETIMEDOUT",
-    )?;
-    let first = peer.expect(Op::REQUEST)?;
+    let first = connect_in_vain(&guest, &peer, socket)?;
     guest.set_connect_timeout(socket, LIMIT)?;
     let connecting = guest.start_connect(socket, HOST, PORT);
     let second = peer.expect(Op::REQUEST)?;
