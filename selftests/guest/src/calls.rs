@@ -80,6 +80,8 @@ struct Pieces {
     fd: RawFd,
     pieces: usize,
     len: usize,
+    before: u8,
+    later: u8,
 }
 
 #[derive(Deserialize)]
@@ -235,8 +237,14 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
             json!(messages::recv_short_messages(fd, count)?)
         }
         "send_zero_copy_pieces" => {
-            let Pieces { fd, pieces, len } = params(given)?;
-            json!(zerocopy::send_pieces(fd, pieces, len)?)
+            let Pieces {
+                fd,
+                pieces,
+                len,
+                before,
+                later,
+            } = params(given)?;
+            json!(zerocopy::send_pieces(fd, pieces, len, before, later)?)
         }
         "count_tracepoint" => json!(observe::count_tracepoint(params::<Number>(given)?.number)?),
         "read_counters" => json!(observe::read_counters(&params::<Fds>(given)?.fds)?),

@@ -51,6 +51,7 @@ pub fn describe(error: &anyhow::Error) -> String {
         (libc::EBADF, "EBADF"),
         (libc::EAGAIN, "EAGAIN"),
         (libc::ENOMEM, "ENOMEM"),
+        (libc::ENOSPC, "ENOSPC"),
         (libc::EACCES, "EACCES"),
         (libc::EFAULT, "EFAULT"),
         (libc::EBUSY, "EBUSY"),

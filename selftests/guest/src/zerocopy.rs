@@ -102,11 +102,11 @@ pub fn send_what_fits(fd: RawFd, limit: usize) -> Result<usize> {
     Ok(limit)
 }
 
-/// Sends so many pieces of `len` bytes, each in a page of its own, with one call; returns how many bytes were sent. The pages are
-/// never used for anything else.
-pub fn send_pieces(fd: RawFd, pieces: usize, len: usize) -> Result<usize> {
+/// Sends so many pieces of `len` bytes, each in a page of its own, with one call, and writes `later` over them in place of
+/// `before`; returns how many bytes were sent. The pages are never used for anything else.
+pub fn send_pieces(fd: RawFd, pieces: usize, len: usize, before: u8, later: u8) -> Result<usize> {
     ensure!(len < PAGE, "{len} bytes are no piece of a page");
-    let pages = vec![0x5a_u8; (pieces + 1) * PAGE].leak();
+    let pages = vec![before; (pieces + 1) * PAGE].leak();
     let mut parts: Vec<libc::iovec> = pages
         .chunks_exact_mut(PAGE)
         .take(pieces)
@@ -115,9 +115,9 @@ pub fn send_pieces(fd: RawFd, pieces: usize, len: usize) -> Result<usize> {
     let message = sys::message(&mut parts);
     let flags = libc::MSG_ZEROCOPY | libc::MSG_NOSIGNAL;
     // SAFETY: What the message points to lives.
-    Ok(sys::check_size(unsafe {
-        libc::sendmsg(fd, &message, flags)
-    })?)
+    let sent = sys::check_size(unsafe { libc::sendmsg(fd, &message, flags) })?;
+    pages.fill(later);
+    Ok(sent)
 }
 
 /// A completion: of which calls it is, both ends included, and whether the kernel has copied what they sent.

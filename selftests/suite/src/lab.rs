@@ -3,7 +3,7 @@
 //! What a test of the device tier works with: guests, their devices in this process, and a peer that the test plays itself.
 
 use std::ffi::OsString;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
 use std::ops::Deref;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -119,15 +119,21 @@ impl<'a> Lab<'a> {
             .collect()
     }
 
-    /// That no machine has ended by itself. Asks the kernels of those that are on for memory that nobody has a pointer to, where
-    /// they know of it.
+    /// That no machine has ended by itself, and that the kernels of those that are on have watched to the end. Asks them for
+    /// memory that nobody has a pointer to, where they know of it.
     pub fn check_machines(&self) -> Result<()> {
+        const LOCKDEP: &str =
+            "[ ! -e /proc/lockdep_stats ] || grep debug_locks /proc/lockdep_stats";
         // Memory has to be so old before it counts, and checksums have to stay the same for a while.
-        const SCRIPT: &str = "cd /sys/kernel/debug; [ -e kmemleak ] || exit 0
+        const LEAKS: &str = "set -e; cd /sys/kernel/debug; [ -e kmemleak ] || exit 0
             sleep 6; echo scan >kmemleak; sleep 1; echo scan >kmemleak; cat kmemleak";
         for machine in self.machines() {
             if machine.expect_on()? {
-                let leaks = sh_ok(&machine.agent, SCRIPT, LIMIT)?;
+                let lockdep = sh_ok(&machine.agent, LOCKDEP, LIMIT)?;
+                let is_off = lockdep.split_whitespace().last() == Some("0");
+                ensure!(!is_off, "lockdep has switched itself off");
+                // Scanning is refused where kmemleak has.
+                let leaks = sh_ok(&machine.agent, LEAKS, LIMIT)?;
                 ensure!(leaks.is_empty(), "kmemleak has found:\n{leaks}");
             }
         }
@@ -486,12 +492,6 @@ impl Deref for MovingGuest {
 }
 
 impl MovingGuest {
-    /// Connects to a port of the guest as a program of the host does, with a socket of a type (`TYPE_*`); returns the
-    /// port of the host, too.
-    pub fn connect_from_host_by(&self, socket_type: u16, port: u32) -> Result<(UnixStream, u32)> {
-        connect_by(&self.uds, socket_type, port)
-    }
-
     /// Resets the device to another CID of the guest, where the guest has not moved yet.
     pub fn reset(&mut self, cid: u32) {
         self.guest.device.transport_reset(u64::from(cid));
@@ -544,6 +544,11 @@ impl Guest {
     /// The same, with the port of the host that the connection has.
     pub fn connect_from_host_port(&self, port: u32) -> Result<(UnixStream, u32)> {
         connect_by(&self.uds, TYPE_STREAM, port)
+    }
+
+    /// The same with a socket of a type (`TYPE_*`).
+    pub fn connect_from_host_by(&self, socket_type: u16, port: u32) -> Result<(UnixStream, u32)> {
+        connect_by(&self.uds, socket_type, port)
     }
 
     /// Asks the device, as a program of the host does, for the state of a connection that the program has.
@@ -626,11 +631,14 @@ impl Guest {
         Ok(completions)
     }
 
-    /// Waits until a counter of our driver is at least `value`.
+    /// Waits until a counter of our driver is `value`, and no more.
     pub fn wait_counter(&self, name: &str, value: i64) -> Result<()> {
+        let mut counted = 0;
         wait_for(&format!("the counter {name} to be {value}"), || {
-            Ok(self.counter(name)? >= value)
-        })
+            counted = self.counter(name)?;
+            Ok(counted >= value)
+        })?;
+        expect_eq(&format!("the counter {name}"), counted, value)
     }
 }
 
@@ -644,6 +652,21 @@ pub fn host_listener(uds: &Path, port: u32) -> Result<UnixListener> {
     let path = host_socket(uds, port);
     let _ = std::fs::remove_file(&path);
     UnixListener::bind(&path).with_context(|| format!("listening on {}", path.display()))
+}
+
+/// Takes the next connection of the guest to a port of the host.
+pub fn accept_at_host(listener: &UnixListener) -> Result<UnixStream> {
+    listener.set_nonblocking(true)?;
+    let mut accepted = None;
+    wait_for("a connection to the host", || match listener.accept() {
+        Ok((stream, _)) => {
+            accepted = Some(stream);
+            Ok(true)
+        }
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) => Err(error.into()),
+    })?;
+    accepted.context("it was accepted")
 }
 
 /// Connects to the bridge of a device as a program of the host.
@@ -770,10 +793,7 @@ impl<'a> Peer<'a> {
 
     /// Connects to a listener of the guest of a kind, [`STREAM`] or [`SEQPACKET`], and waits for its response.
     pub fn connect_kind(guest: &'a Guest, kind: i32) -> Result<Self> {
-        let mut peer = Self::new(guest);
-        if kind == SEQPACKET {
-            peer.template.socket_type = TYPE_SEQPACKET;
-        }
+        let peer = Self::watch_kind(guest, kind);
         peer.send(Op::REQUEST);
         peer.expect(Op::RESPONSE)?;
         Ok(peer)
@@ -795,6 +815,15 @@ impl<'a> Peer<'a> {
     /// Watches the guest without a connection.
     pub fn watch(guest: &'a Guest) -> Self {
         Self::new(guest)
+    }
+
+    /// The same; its packets are those of a kind, [`STREAM`] or [`SEQPACKET`].
+    pub fn watch_kind(guest: &'a Guest, kind: i32) -> Self {
+        let mut peer = Self::new(guest);
+        if kind == SEQPACKET {
+            peer.template.socket_type = TYPE_SEQPACKET;
+        }
+        peer
     }
 
     /// A packet of this connection.

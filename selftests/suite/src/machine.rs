@@ -83,7 +83,7 @@ impl Driver {
     }
 }
 
-/// Lines of a kernel's log that say that it found something wrong.
+/// Lines of a kernel's log that say that it found something wrong, or has stopped looking.
 pub fn faults(log: &str) -> Vec<String> {
     const WORDS: &[&str] = &[
         "BUG",
@@ -95,6 +95,10 @@ pub fn faults(log: &str) -> Vec<String> {
         "general protection",
         "UBSAN",
         "Kernel panic",
+        "ODEBUG disabled",
+        "dma-debug disabled",
+        "DMA-API: debugging out of memory",
+        "memory leak detector disabled",
     ];
     log.lines()
         .filter(|line| WORDS.iter().any(|word| line.contains(word)))

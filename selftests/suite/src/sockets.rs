@@ -80,9 +80,9 @@ impl Agent {
         }
     }
 
-    /// A stream socket in a network namespace of its own.
-    pub fn socket_in_new_namespace(&self) -> Call<i32> {
-        self.system_call("socket_in_new_namespace", json!({"kind": STREAM}))
+    /// A socket in a network namespace of its own.
+    pub fn socket_in_new_namespace(&self, kind: i32) -> Call<i32> {
+        self.system_call("socket_in_new_namespace", json!({"kind": kind}))
     }
 
     pub fn socket(&self, kind: i32) -> Call<i32> {
@@ -99,7 +99,12 @@ impl Agent {
 
     /// A stream socket that listens at any CID.
     pub fn listener(&self, port: u32) -> Call<i32> {
-        let fd = self.socket(STREAM)?;
+        self.listener_of_kind(STREAM, port)
+    }
+
+    /// The same of a kind, [`STREAM`] or [`SEQPACKET`].
+    pub fn listener_of_kind(&self, kind: i32, port: u32) -> Call<i32> {
+        let fd = self.socket(kind)?;
         self.bind(fd, CID_ANY, port)?;
         self.listen(fd, 128)?;
         Ok(fd)

@@ -102,7 +102,7 @@ tests! {
     file_transfer: reset_and_migrations;
     units: migrated_service, journal_is_forwarded;
     sharing: fairness, order_is_kept, memory_of_small_packets, cpu_in_a_flood;
-    namespaces: global_mode, local_mode;
+    namespaces: global_mode, local_mode, deletion;
     hardware: ring_sizes, without_ring_features, zero_copy, kinds_of_sockets, platform_dma, full_bounce_pool, mmio, needs_reset;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
         hotplug, two_devices, suspend;

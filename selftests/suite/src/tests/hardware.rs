@@ -45,6 +45,13 @@ pub fn ring_sizes(lab: &Lab) -> Result<()> {
             ..Hardware::default()
         };
         let guest = lab.guest_on(&hardware)?;
+        if lab.driver == Driver::Rs {
+            let should = ring.min(MAX_RX_BUFFERS);
+            wait_for(
+                &format!("{should} receive buffers with a ring of {ring}"),
+                || Ok(guest.device.posted_buffers().0 == should),
+            )?;
+        }
         let exchanges = if ring == 1 {
             EXCHANGES_ON_RING_OF_ONE
         } else {
@@ -52,13 +59,6 @@ pub fn ring_sizes(lab: &Lab) -> Result<()> {
         };
         for _ in 0..exchanges {
             exchange_over_the_bridge(&guest).with_context(|| format!("with {hardware:?}"))?;
-        }
-        if lab.driver == Driver::Rs {
-            let (rx, _events) = guest.device.posted_buffers();
-            ensure!(
-                rx <= MAX_RX_BUFFERS,
-                "the device has {rx} receive buffers with a ring of {ring}"
-            );
         }
         lab.end_machines()?;
     }
@@ -72,22 +72,35 @@ struct Pieces {
     len: usize,
 }
 
-/// Sends with MSG_ZEROCOPY; says whether the completion says that the kernel has copied.
+/// Sends with MSG_ZEROCOPY, and writes over the memory before the device sees it: it is sent what is there now, unless the kernel
+/// has copied. Returns whether it has, which the completion has to say as well.
 fn is_copied(guest: &Guest, peer: &Peer, fd: i32, pieces: &Pieces) -> Result<bool> {
+    const BEFORE: u8 = b'a';
+    const LATER: u8 = b'b';
     let len = pieces.count * pieces.len;
-    let params = json!({"fd": fd, "pieces": pieces.count, "len": pieces.len});
+    let params = json!({
+        "fd": fd, "pieces": pieces.count, "len": pieces.len, "before": BEFORE, "later": LATER,
+    });
+    guest.device.hold_tx(true);
     let sent: usize = guest.start("send_zero_copy_pieces", params).wait(LIMIT)?;
+    guest.device.hold_tx(false);
     expect_eq("bytes sent", sent, len)?;
-    let mut received = 0;
-    while received < len {
-        received += peer.expect(Op::RW)?.payload.len();
+    let mut received = Vec::new();
+    while received.len() < len {
+        received.extend(peer.expect(Op::RW)?.payload);
     }
     let completions = guest.wait_zero_copy_completions(fd)?;
     ensure!(
         completions.len() == 1,
         "one call has the completions {completions:?}"
     );
-    Ok(completions[0].is_copied)
+    let is_copied = completions[0].is_copied;
+    let should = if is_copied { BEFORE } else { LATER };
+    ensure!(
+        received == vec![should; len],
+        "is said to be copied: {is_copied}; received: {received:?}"
+    );
+    Ok(is_copied)
 }
 
 /// MSG_ZEROCOPY sends the caller's pages where the ring takes as many as a packet may have, and otherwise a copy; so it does where
@@ -98,19 +111,24 @@ pub fn zero_copy(lab: &Lab) -> Result<()> {
             ring,
             ..Hardware::default()
         })?;
-        let listener = guest.listener(PORT)?;
-        let peer = Peer::connect(&guest)?;
-        let fd = guest.accept(listener)?;
-        let on = 1_i32.to_ne_bytes();
-        guest.set_option(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, &on)?;
-        let few = Pieces { count: 5, len: 100 };
-        let many = Pieces {
-            count: 40,
-            len: 100,
-        };
-        for (pieces, should) in [(&few, copies), (&many, true), (&few, copies)] {
-            let what = format!("{} pieces on a ring of {ring} copied", pieces.count);
-            expect_eq(&what, is_copied(&guest, &peer, fd, pieces)?, should)?;
+        for kind in [STREAM, SEQPACKET] {
+            let fd = guest.socket(kind)?;
+            let peer = Peer::accept(&guest, fd)?;
+            let on = 1_i32.to_ne_bytes();
+            guest.set_option(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, &on)?;
+            let few = Pieces { count: 5, len: 100 };
+            let many = Pieces {
+                count: 40,
+                len: 100,
+            };
+            for (pieces, should) in [(&few, copies), (&many, true), (&few, copies)] {
+                let what = format!(
+                    "{} pieces of a socket of type {kind} on a ring of {ring} copied",
+                    pieces.count
+                );
+                let is = is_copied(&guest, &peer, fd, pieces).context(what.clone())?;
+                expect_eq(&what, is, should)?;
+            }
         }
         lab.end_machines()?;
     }
@@ -131,7 +149,7 @@ pub fn without_ring_features(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// Devices whose features leave out a kind of sockets: it cannot be used, the other can.
+/// Devices whose features leave out a kind of sockets: it cannot be used from either side, the other can.
 pub fn kinds_of_sockets(lab: &Lab) -> Result<()> {
     let all = VIRTIO_VSOCK_F_STREAM | VIRTIO_VSOCK_F_SEQPACKET;
     for (features, stream, seqpacket) in [
@@ -165,6 +183,14 @@ pub fn kinds_of_sockets(lab: &Lab) -> Result<()> {
                 peer.expect(Op::RW)?;
             } else {
                 expect_errno(&what, guest.connect(fd, HOST, PORT), errno)?;
+                let peer = Peer::watch_kind(&guest, kind);
+                peer.send(Op::REQUEST);
+                let rst = peer.expect(Op::RST).context(what)?;
+                expect_eq(
+                    "its type",
+                    rst.socket_type,
+                    peer.packet(Op::RST).socket_type,
+                )?;
             }
         }
         lab.end_machines()?;
@@ -183,6 +209,11 @@ pub fn platform_dma(lab: &Lab) -> Result<()> {
     let guest = lab.guest_on(&hardware)?;
     let is_negotiated = guest.features()? & (1 << VIRTIO_F_ACCESS_PLATFORM) != 0;
     expect_eq("VIRTIO_F_ACCESS_PLATFORM", is_negotiated, true)?;
+    let used = guest.sh("cat /sys/kernel/debug/swiotlb/io_tlb_used")?;
+    ensure!(
+        used.trim().parse::<u32>()? > 0,
+        "no buffer is a bounce buffer"
+    );
     exchange_over_the_bridge(&guest)
 }
 

@@ -284,6 +284,9 @@ pub fn reply_flood(lab: &Lab) -> Result<()> {
     let listener = guest.listener(PORT)?;
     let peer = Peer::connect(&guest)?;
     let fd = guest.accept(listener)?;
+    wait_for("the response's place in the ring to be free", || {
+        Ok(guest.queue_length("tx_in_flight")? == 0)
+    })?;
     guest.device.hold_tx(true);
     for at in 0..FLOOD {
         // Nobody has this port, so RST is due.

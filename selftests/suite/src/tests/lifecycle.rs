@@ -9,8 +9,11 @@ use std::time::Duration;
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
 
+use super::stream::exchange_over_the_bridge;
 use crate::agent::{sh, Pending};
-use crate::lab::{expect_eq, expect_errno, wait_for, Guest, Lab, GUEST_CID, LIMIT, PORT, STREAM};
+use crate::lab::{
+    expect_eq, expect_errno, wait_for, Guest, Lab, CID_ANY, GUEST_CID, LIMIT, PORT, STREAM,
+};
 use crate::machine::Hardware;
 use crate::Driver;
 
@@ -136,7 +139,8 @@ pub fn unbind_with_traffic(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// rmmod is refused while sockets use the driver, works when they are closed, and the module can be loaded again.
+/// rmmod is refused while sockets use the driver, works when they are closed, whether there is a device or not, and the module
+/// can be loaded again.
 pub fn remove_while_in_use(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let busy = Busy::start(&guest)?;
@@ -151,9 +155,15 @@ pub fn remove_while_in_use(lab: &Lab) -> Result<()> {
     // Without the device nobody has to be waited for. The listener stays: no transport is asked about it.
     load_again(&guest, lab.driver)?;
     guest.device.wait_ready(LIMIT)?;
-    let _stream = guest.connect_from_host(PORT)?;
-    guest.accept(listener)?;
-    Ok(())
+    let stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    guest.close(listener)?;
+    guest.close(fd)?;
+    drop(stream);
+    // The driver takes its leave of the device as well.
+    load_again(&guest, lab.driver)?;
+    guest.device.wait_ready(LIMIT)?;
+    exchange_over_the_bridge(&guest)
 }
 
 /// Removes the driver's module, as soon as nothing uses it, and loads it again.
@@ -218,17 +228,21 @@ pub fn hotplug(lab: &Lab) -> Result<()> {
     )
 }
 
-/// A second device is refused with the reason, and the first works on.
+/// A second device is refused with the reason, and the first works on. Once that has gone the second can be used.
 pub fn two_devices(lab: &Lab) -> Result<()> {
-    let guest = lab.guest()?;
+    // The one that has no driver.
+    const BIND_SECOND: &str = "cd /sys/bus/virtio/drivers/*vsock*/
+        for device in $(grep -l 0x0013 ../../devices/*/device); do
+            device=${device%/device}
+            [ -e $device/driver ] || basename $device >bind
+        done";
+    let mut guest = lab.guest()?;
     let listener = guest.listener(PORT)?;
     let _stream = guest.connect_from_host(PORT)?;
     let fd = guest.accept(listener)?;
-    let (_second, config) = lab.spare_device(GUEST_CID + 1)?;
-    guest
-        .machine
-        .monitor()?
-        .plug_vsock("second", &config.socket, 64)?;
+    let (second, config) = lab.spare_device(GUEST_CID + 1)?;
+    let mut monitor = guest.machine.monitor()?;
+    monitor.plug_vsock("second", &config.socket, 64)?;
     wait_for("the kernel's log to refuse the second device", || {
         Ok(guest.machine.log().contains("error -16"))
     })?;
@@ -240,25 +254,35 @@ pub fn two_devices(lab: &Lab) -> Result<()> {
         );
     }
     expect_eq("send() over the first", guest.send(fd, "x")?, 1)?;
-    expect_eq("the CID", guest.local_cid()?, GUEST_CID)
+    expect_eq("the CID", guest.local_cid()?, GUEST_CID)?;
+
+    monitor.unplug("vsock0")?;
+    wait_for("the guest to be without a CID", || {
+        Ok(guest.local_cid()? == CID_ANY)
+    })?;
+    guest.sh(BIND_SECOND)?;
+    expect_eq("the second's CID", guest.local_cid()?, GUEST_CID + 1)?;
+    second.wait_ready(LIMIT)?;
+    guest.device = second;
+    guest.uds = config.uds_path.context("it has a path")?;
+    guest.close(listener)?;
+    exchange_over_the_bridge(&guest)
 }
 
-/// The machine is suspended to RAM and woken up: connections are reset, listeners work on.
+/// The machine is suspended to RAM under load and woken up: connections are reset, listeners work on.
 pub fn suspend(lab: &Lab) -> Result<()> {
     let guest = lab.guest_on(&Hardware {
         agent_on_serial_port: true,
         ..Hardware::default()
     })?;
     let mut monitor = guest.machine.monitor()?;
-    let listener = guest.listener(PORT)?;
     for _ in 0..2 {
-        let _stream = guest.connect_from_host(PORT)?;
-        let fd = guest.accept(listener)?;
+        let busy = Busy::start(&guest)?;
         let suspending = guest.start("sh", json!({"script": "echo mem >/sys/power/state"}));
         monitor.wake_when_suspended()?;
         let ended: crate::agent::Ended = suspending.wait(LIMIT)?;
         expect_eq("how suspending ended", ended.status, 0)?;
-        expect_errno("recv()", guest.recv(fd, 1), "ECONNRESET")?;
+        let listener = busy.expect_reset(&guest)?;
         expect_eq("the CID", guest.local_cid()?, GUEST_CID)?;
         guest.device.wait_ready(LIMIT)?;
         let mut stream = guest.connect_from_host(PORT)?;
@@ -266,6 +290,7 @@ pub fn suspend(lab: &Lab) -> Result<()> {
         let fd = guest.accept(listener)?;
         expect_eq("recv()", guest.recv(fd, 99)?, "awake".to_owned())?;
         guest.close(fd)?;
+        guest.close(listener)?;
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use vsock_device::{Op, Packet};
 
 use crate::agent::Pending;
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY, LIMIT, PORT, SEQPACKET,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT, SEQPACKET,
 };
 use crate::sockets::{Call, Completion};
 
@@ -158,9 +158,7 @@ pub fn waits_for_room(lab: &Lab) -> Result<()> {
     expect_eq("packets of the others", peer.drain(), vec![])?;
     let mut read = FIRST + SHORT + MIDDLE;
     for _ in 0..2 {
-        // What answers a request may come behind the message.
-        peer.set_credit(BUFFER, read as u32);
-        peer.send(Op::CREDIT_UPDATE);
+        give_credit(&mut peer, BUFFER, read as u32)?;
         expect_message(&peer, LONG)?;
         read += LONG;
     }
@@ -270,9 +268,7 @@ struct Received {
 pub fn many_short_ones(lab: &Lab) -> Result<()> {
     const COUNT: u64 = 16_000;
     let guest = lab.guest()?;
-    let listener = guest.socket(SEQPACKET)?;
-    guest.bind(listener, CID_ANY, PORT)?;
-    guest.listen(listener, 1)?;
+    let listener = guest.listener_of_kind(SEQPACKET, PORT)?;
     let peer = Peer::connect_kind(&guest, SEQPACKET)?;
     let fd = guest.accept(listener)?;
     // As the agent's recv_short_messages has them.

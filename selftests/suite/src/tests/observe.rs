@@ -7,11 +7,13 @@ use std::io::{Read, Write};
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
 
-use vsock_device::packet::Op;
+use vsock_device::packet::{TYPE_SEQPACKET, TYPE_STREAM};
+use vsock_device::{Op, Packet};
 
 use super::lifecycle::UNBIND;
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, GUEST_CID, LIMIT, PORT, STREAM,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, CID_ANY, GUEST_CID, LIMIT, PORT,
+    SEQPACKET, STREAM,
 };
 use crate::machine::DEFAULT_RING;
 use crate::sockets::{HowFar, ESTABLISHED, LISTEN};
@@ -26,34 +28,55 @@ const RESET_PORT: u32 = 5001;
 /// `struct af_vsockmon_hdr`: addresses, what the packet is for, and what follows.
 const MONITOR_HEADER: usize = 32;
 
-/// A packet as a vsockmon device gives it.
-#[derive(Debug, PartialEq, Eq)]
-struct Captured {
-    source: (u64, u32),
-    destination: (u64, u32),
-    purpose: u16,
-    transport: u16,
-    operation: u16,
-    payload: Vec<u8>,
-}
-
 /// `AF_VSOCK_TRANSPORT_VIRTIO`: a header of virtio follows.
 const TRANSPORT_VIRTIO: u16 = 2;
 
+/// What a packet is for: `AF_VSOCK_OP_*` of linux/vsockmon.h.
+const CONNECT: u16 = 1;
+const DISCONNECT: u16 = 2;
+const CONTROL: u16 = 3;
+const PAYLOAD: u16 = 4;
+
+/// A packet as a vsockmon device gives it.
+#[derive(Debug, PartialEq, Eq)]
+struct Captured {
+    purpose: u16,
+    packet: Packet,
+}
+
 impl Captured {
-    fn parse(bytes: &[u8]) -> Option<Self> {
-        let u16_at = |at: usize| Some(u16::from_le_bytes(bytes.get(at..at + 2)?.try_into().ok()?));
-        let u32_at = |at: usize| Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?));
-        let u64_at = |at: usize| Some(u64::from_le_bytes(bytes.get(at..at + 8)?.try_into().ok()?));
-        let header_len = usize::from(u16_at(28)?);
-        Some(Self {
-            source: (u64_at(0)?, u32_at(16)?),
-            destination: (u64_at(8)?, u32_at(20)?),
-            purpose: u16_at(24)?,
-            transport: u16_at(26)?,
-            operation: u16_at(MONITOR_HEADER + 30)?,
-            payload: bytes.get(MONITOR_HEADER + header_len..)?.to_vec(),
-        })
+    fn parse(bytes: &[u8]) -> Result<Self> {
+        let (header, rest) = bytes
+            .split_at_checked(MONITOR_HEADER)
+            .context("a capture that is too short")?;
+        let packet = Packet::from_bytes(rest).context("a capture of a part of a packet")?;
+        let u16_at = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
+        let captured = Self {
+            purpose: u16_at(24),
+            packet,
+        };
+        let should = captured.monitor_header(rest.len());
+        ensure!(
+            header == should,
+            "the capture of {captured:?} has the header {header:?} instead of {should:?}"
+        );
+        Ok(captured)
+    }
+
+    /// What stands before a packet of so many bytes.
+    fn monitor_header(&self, len: usize) -> Vec<u8> {
+        let packet = &self.packet;
+        let mut header = Vec::new();
+        header.extend(packet.src_cid.to_le_bytes());
+        header.extend(packet.dst_cid.to_le_bytes());
+        header.extend(packet.src_port.to_le_bytes());
+        header.extend(packet.dst_port.to_le_bytes());
+        header.extend(self.purpose.to_le_bytes());
+        header.extend(TRANSPORT_VIRTIO.to_le_bytes());
+        let header_len = (len - packet.payload.len()) as u16;
+        header.extend(header_len.to_le_bytes());
+        header.resize(MONITOR_HEADER, 0);
+        header
     }
 }
 
@@ -65,18 +88,24 @@ fn start_capture(guest: &Guest) -> Result<i32> {
         .wait(LIMIT)?)
 }
 
-/// The next packet on a packet socket that is for `operation`.
-fn next_capture(guest: &Guest, fd: i32, operation: u16) -> Result<Captured> {
+/// The next packet on a packet socket that has an operation.
+fn next_capture(guest: &Guest, fd: i32, op: Op) -> Result<Captured> {
     loop {
         let bytes: Vec<u8> = guest
             .start("recv_bytes", json!({"fd": fd, "len": 65536}))
             .wait(LIMIT)
-            .with_context(|| format!("waiting for a capture of operation {operation}"))?;
-        let captured = Captured::parse(&bytes).context("a capture that is too short")?;
-        if captured.operation == operation {
+            .with_context(|| format!("waiting for a capture of {op:?}"))?;
+        let captured = Captured::parse(&bytes)?;
+        if captured.packet.op == op {
             return Ok(captured);
         }
     }
+}
+
+/// That the next capture of a packet's operation is that packet, for a purpose.
+fn expect_captured(guest: &Guest, fd: i32, packet: Packet, purpose: u16) -> Result<()> {
+    let captured = next_capture(guest, fd, packet.op)?;
+    expect_eq("the capture", captured, Captured { purpose, packet })
 }
 
 /// What counters are more than they were, by name.
@@ -333,58 +362,39 @@ pub fn queue_lengths(lab: &Lab) -> Result<()> {
 
 /// A vsockmon device captures packets in both directions, in the format of its header.
 pub fn vsockmon(lab: &Lab) -> Result<()> {
-    const REQUEST: u16 = 1;
-    const RESPONSE: u16 = 2;
-    const RST: u16 = 3;
-    const RW: u16 = 5;
+    const LONG: usize = 40_000;
     let guest = lab.guest_with_modules(&["vsockmon"])?;
     let capture = start_capture(&guest)?;
+    let expect = |packet, purpose| expect_captured(&guest, capture, packet, purpose);
     let listener = guest.listener(PORT)?;
-    let mut stream = guest.connect_from_host(PORT)?;
+    let peer = Peer::watch(&guest);
+    peer.send(Op::REQUEST);
+    expect(peer.packet(Op::REQUEST), CONNECT)?;
+    expect(peer.expect(Op::RESPONSE)?, CONNECT)?;
     let fd = guest.accept(listener)?;
-    let request = next_capture(&guest, capture, REQUEST)?;
-    let host = request.source;
-    let own = (u64::from(GUEST_CID), PORT);
-    let packet = |source, destination, purpose, operation, payload: &[u8]| Captured {
-        source,
-        destination,
-        purpose,
-        transport: TRANSPORT_VIRTIO,
-        operation,
-        payload: payload.to_vec(),
-    };
-    expect_eq("the request", request, packet(host, own, 1, REQUEST, b""))?;
-    expect_eq("the host's CID", host.0, u64::from(HOST_CID))?;
-    expect_eq(
-        "the response",
-        next_capture(&guest, capture, RESPONSE)?,
-        packet(own, host, 1, RESPONSE, b""),
-    )?;
-    stream.write_all(b"from the host")?;
-    expect_eq(
-        "what the host sent",
-        next_capture(&guest, capture, RW)?,
-        packet(host, own, 4, RW, b"from the host"),
-    )?;
+
+    let mut from_host = peer.packet(Op::RW);
+    from_host.payload = b"from the host".to_vec();
+    guest.device.inject(from_host.clone());
+    expect(from_host, PAYLOAD)?;
     guest.send(fd, "from the guest")?;
-    expect_eq(
-        "what the guest sent",
-        next_capture(&guest, capture, RW)?,
-        packet(own, host, 4, RW, b"from the guest"),
-    )?;
+    expect(peer.expect(Op::RW)?, PAYLOAD)?;
     // Payload of several pages comes whole.
-    let long = "long ".repeat(8_000);
-    guest.send(fd, &long)?;
-    let mut seen = Vec::new();
-    while seen.len() < long.len() {
-        seen.extend(next_capture(&guest, capture, RW)?.payload);
+    guest.send(fd, &"long ".repeat(LONG / 5))?;
+    let mut sent = 0;
+    while sent < LONG {
+        let packet = peer.expect(Op::RW)?;
+        sent += packet.payload.len();
+        expect(packet, PAYLOAD)?;
     }
-    expect_eq("a long packet's payload", seen == long.as_bytes(), true)?;
-    guest.close(listener)?;
+
+    peer.send(Op::CREDIT_REQUEST);
+    expect(peer.packet(Op::CREDIT_REQUEST), CONTROL)?;
+    expect(peer.expect(Op::CREDIT_UPDATE)?, CONTROL)?;
     guest.close(fd)?;
-    drop(stream);
-    let end = next_capture(&guest, capture, RST)?;
-    expect_eq("what an RST is for", end.purpose, 2)?;
+    expect(peer.expect(Op::SHUTDOWN)?, DISCONNECT)?;
+    peer.send(Op::RST);
+    expect(peer.packet(Op::RST), DISCONNECT)?;
     guest.close(capture).map_err(Into::into)
 }
 
@@ -424,17 +434,11 @@ pub fn vsockmon_of_waiting_packets(lab: &Lab) -> Result<()> {
     let mut came_of_other = 0;
     while came <= PACKETS {
         let packet = peer.next("what waited")?;
-        let captured = next_capture(&guest, capture, Op::RW.0)?;
-        expect_eq("the capture", captured.payload, packet.payload)?;
-        expect_eq(
-            "its destination",
-            captured.destination,
-            (packet.dst_cid, packet.dst_port),
-        )?;
         match packet.dst_port {
             KEPT_PORT => came += 1,
             _ => came_of_other += 1,
         }
+        expect_captured(&guest, capture, packet, PAYLOAD)?;
     }
     ensure!(came_of_other < PACKETS, "nothing was taken back");
     guest.close(capture).map_err(Into::into)
@@ -443,9 +447,13 @@ pub fn vsockmon_of_waiting_packets(lab: &Lab) -> Result<()> {
 /// Tracepoints for packets, as ftrace and perf find them.
 pub fn tracepoints(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
-    let events = match lab.driver {
-        Driver::Rs => "virtio_vsock_rs",
-        Driver::C => "vsock",
+    let (events, received, sent) = match lab.driver {
+        Driver::Rs => ("virtio_vsock_rs", "packet_received", "packet_sent"),
+        Driver::C => (
+            "vsock",
+            "virtio_transport_recv_pkt",
+            "virtio_transport_alloc_pkt",
+        ),
     };
     guest.sh(&format!(
         "cd /sys/kernel/debug/tracing && echo 1 >events/{events}/enable"
@@ -460,10 +468,10 @@ pub fn tracepoints(lab: &Lab) -> Result<()> {
     stream.read_exact(&mut answer)?;
     let port = guest.peer_address(fd)?.1;
     for expected in [
-        format!("{HOST_CID}:{port} -> {GUEST_CID}:{PORT} len=0 type=STREAM op=REQUEST"),
-        format!("{GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=0 type=STREAM op=RESPONSE"),
-        format!("{HOST_CID}:{port} -> {GUEST_CID}:{PORT} len=5 type=STREAM op=RW"),
-        format!("{GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=7 type=STREAM op=RW"),
+        format!("{received}: {HOST_CID}:{port} -> {GUEST_CID}:{PORT} len=0 type=STREAM op=REQUEST"),
+        format!("{sent}: {GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=0 type=STREAM op=RESPONSE"),
+        format!("{received}: {HOST_CID}:{port} -> {GUEST_CID}:{PORT} len=5 type=STREAM op=RW"),
+        format!("{sent}: {GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=7 type=STREAM op=RW"),
     ] {
         wait_for(&format!("the trace to have {expected:?}"), || {
             Ok(guest
@@ -472,11 +480,7 @@ pub fn tracepoints(lab: &Lab) -> Result<()> {
         })?;
     }
     // Programs such as perf count them.
-    for event in guest
-        .sh(&format!("ls /sys/kernel/debug/tracing/events/{events}"))?
-        .split_whitespace()
-        .filter(|event| event.contains("packet_") || event.contains("_pkt"))
-    {
+    for event in [received, sent] {
         let id = guest.sh(&format!(
             "cat /sys/kernel/debug/tracing/events/{events}/{event}/id"
         ))?;
@@ -511,64 +515,81 @@ pub fn tracepoints(lab: &Lab) -> Result<()> {
 /// The kernel's diagnostics list listeners and connections.
 pub fn diagnostics(lab: &Lab) -> Result<()> {
     let guest = lab.guest_with_modules(&["vsock_diag"])?;
-    let listener = guest.listener(PORT)?;
-    let _stream = guest.connect_from_host(PORT)?;
-    let fd = guest.accept(listener)?;
-    let peer = guest.peer_address(fd)?;
-    let shown = guest.sockets()?;
-    let of_state = |state| {
-        shown
-            .iter()
-            .filter(|socket| socket.state == state && socket.kind == 1)
-            .map(|socket| (socket.own, socket.peer))
-            .collect::<Vec<_>>()
-    };
-    expect_eq(
-        "connections",
-        of_state(ESTABLISHED),
-        vec![((GUEST_CID, PORT), peer)],
-    )?;
-    expect_eq(
-        "listeners",
-        of_state(LISTEN)
-            .into_iter()
-            .map(|(own, _)| own)
-            .collect::<Vec<_>>(),
-        vec![(u32::MAX, PORT)],
-    )
+    for kind in [STREAM, SEQPACKET] {
+        let listener = guest.listener_of_kind(kind, PORT)?;
+        let peer = Peer::connect_kind(&guest, kind)?;
+        let packet = peer.packet(Op::RST);
+        let fd = guest.accept(listener)?;
+        let shown = guest.sockets()?;
+        let of_state = |state| {
+            shown
+                .iter()
+                .filter(|socket| socket.state == state && i32::from(socket.kind) == kind)
+                .map(|socket| (socket.own, socket.peer))
+                .collect::<Vec<_>>()
+        };
+        expect_eq(
+            "connections",
+            of_state(ESTABLISHED),
+            vec![((GUEST_CID, PORT), (HOST_CID, packet.src_port))],
+        )?;
+        expect_eq(
+            "listeners",
+            of_state(LISTEN)
+                .into_iter()
+                .map(|(own, _)| own)
+                .collect::<Vec<_>>(),
+            vec![(CID_ANY, PORT)],
+        )?;
+        guest.close(listener)?;
+        // The ports are free for the next one.
+        guest.close(fd)?;
+        peer.expect(Op::SHUTDOWN)?;
+        peer.send(Op::RST);
+    }
+    Ok(())
 }
 
 /// A BPF program of a sockmap redirects what one socket receives to another.
 pub fn sockmap(lab: &Lab) -> Result<()> {
+    const PIECE: usize = 10_000;
     let guest = lab.guest()?;
-    let listener = guest.listener(PORT)?;
-    let mut from = guest.connect_from_host(PORT)?;
-    let from_fd = guest.accept(listener)?;
-    let mut to = guest.connect_from_host(PORT)?;
-    let to_fd = guest.accept(listener)?;
-    guest
-        .start("redirect", json!({"from": from_fd, "to": to_fd}))
-        .wait::<()>(LIMIT)?;
     // More than a buffer, so that credit has to come back.
     let sent: Vec<u8> = (0..1_000_000_u32)
         .map(|number| (number % 251) as u8)
         .collect();
-    let writing = {
-        let sent = sent.clone();
-        std::thread::spawn(move || from.write_all(&sent).map(|()| from))
-    };
-    let mut received = vec![0; sent.len()];
-    to.read_exact(&mut received)
-        .context("reading what was redirected")?;
-    expect_eq("what was redirected", received == sent, true)?;
-    let _from = writing
-        .join()
-        .map_err(|_| anyhow::anyhow!("the writer panicked"))?
-        .context("writing")?;
-    // The other way nothing is redirected.
-    to.write_all(b"direct")?;
-    // A recv() that has to wait on a socket of a sockmap never ends: Linux 7.3 sleeps there with the socket's lock
-    // (vsock_msg_wait_data), so that nothing can be received, with any transport.
-    wait_for("the data", || Ok(guest.siocinq(to_fd)? == 6))?;
-    expect_eq("recv()", guest.recv(to_fd, 6)?, "direct".to_owned())
+    for (kind, socket_type) in [(STREAM, TYPE_STREAM), (SEQPACKET, TYPE_SEQPACKET)] {
+        let listener = guest.listener_of_kind(kind, PORT)?;
+        let (mut from, _) = guest.connect_from_host_by(socket_type, PORT)?;
+        let from_fd = guest.accept(listener)?;
+        let (mut to, _) = guest.connect_from_host_by(socket_type, PORT)?;
+        let to_fd = guest.accept(listener)?;
+        guest.close(listener)?;
+        guest
+            .start("redirect", json!({"from": from_fd, "to": to_fd}))
+            .wait::<()>(LIMIT)?;
+        let writing = {
+            let sent = sent.clone();
+            std::thread::spawn(move || {
+                sent.chunks(PIECE)
+                    .try_for_each(|piece| from.write_all(piece))
+                    .map(|()| from)
+            })
+        };
+        let mut received = vec![0; sent.len()];
+        to.read_exact(&mut received)
+            .context("reading what was redirected")?;
+        expect_eq("what was redirected", received == sent, true)?;
+        let _from = writing
+            .join()
+            .map_err(|_| anyhow::anyhow!("the writer panicked"))?
+            .context("writing")?;
+        // The other way nothing is redirected.
+        to.write_all(b"direct")?;
+        // A recv() that has to wait on a socket of a sockmap never ends: Linux 7.3 sleeps there with the socket's lock
+        // (vsock_msg_wait_data), so that nothing can be received, with any transport.
+        wait_for("the data", || Ok(guest.siocinq(to_fd)? == 6))?;
+        expect_eq("recv()", guest.recv(to_fd, 6)?, "direct".to_owned())?;
+    }
+    Ok(())
 }

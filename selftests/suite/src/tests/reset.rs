@@ -12,8 +12,8 @@ use serde_json::json;
 use vsock_device::{packet::SEQ_EOM, Op, Packet, HOST_CID};
 
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT,
-    SEQPACKET, STREAM,
+    accept_at_host, expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT,
+    PORT, SEQPACKET, STREAM,
 };
 
 /// Waits until the guest knows its new CID.
@@ -155,8 +155,7 @@ fn connected(guest: &Guest) -> Result<(i32, UnixStream)> {
     let listener = guest.host_listener(PORT + 1)?;
     let fd = guest.socket(STREAM)?;
     guest.connect(fd, HOST_CID as u32, PORT + 1)?;
-    let (stream, _) = listener.accept().context("accept() on the host")?;
-    Ok((fd, stream))
+    Ok((fd, accept_at_host(&listener)?))
 }
 
 /// Whoever waits for data when the reset comes learns of it, in whatever way.
@@ -194,6 +193,9 @@ pub fn every_blocked_reader(lab: &Lab) -> Result<()> {
     let two = [(); 2].map(|()| guest.start("recv", json!({"fd": shared, "len": 1})));
     for (what, _, call) in &waiting {
         call.expect_blocked(A_WHILE / 8).context(what.clone())?;
+    }
+    for call in &two {
+        call.expect_blocked(A_WHILE).context("one of two readers")?;
     }
 
     guest.device.transport_reset(u64::from(GUEST_CID));

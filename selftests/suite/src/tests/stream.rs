@@ -12,7 +12,8 @@ use vsock_device::packet::{SHUTDOWN_RCV, SHUTDOWN_SEND};
 use vsock_device::{Op, Packet, HOST_CID};
 
 use crate::lab::{
-    expect_eq, expect_errno, Guest, Lab, Peer, A_WHILE, CID_ANY, GUEST_CID, LIMIT, PORT, STREAM,
+    accept_at_host, expect_eq, expect_errno, Guest, Lab, Peer, A_WHILE, CID_ANY, GUEST_CID, LIMIT,
+    PORT, STREAM,
 };
 use crate::Driver;
 
@@ -73,7 +74,7 @@ pub(super) fn exchange_over_the_bridge(guest: &Guest) -> Result<()> {
     let host_listener = guest.host_listener(PORT)?;
     let fd = guest.socket(STREAM)?;
     guest.connect(fd, HOST, PORT)?;
-    let (mut at_host, _) = host_listener.accept()?;
+    let mut at_host = accept_at_host(&host_listener)?;
     exchange(guest, fd, &mut at_host).context("the guest has connected")
 }
 

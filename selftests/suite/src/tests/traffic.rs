@@ -16,7 +16,7 @@ use serde_json::json;
 use vsock_device::packet::{TYPE_SEQPACKET, TYPE_STREAM};
 
 use crate::agent::Pending;
-use crate::lab::{expect_eq, restore_by, Guest, MovingGuest, CID_ANY, LIMIT, SEQPACKET};
+use crate::lab::{expect_eq, restore_by, Guest, MovingGuest, LIMIT, SEQPACKET};
 use crate::pattern;
 
 /// The port of the guest's program that has the connections.
@@ -279,9 +279,7 @@ impl Traffic {
     pub fn begin(guest: &MovingGuest, kinds: &[Kind]) -> Result<Self> {
         let mut this = Self::default();
         let streams = guest.listener(Kind::BothWays.port())?;
-        let messages = guest.socket(SEQPACKET)?;
-        guest.bind(messages, CID_ANY, Kind::Messages.port())?;
-        guest.listen(messages, 1)?;
+        let messages = guest.listener_of_kind(SEQPACKET, Kind::Messages.port())?;
         this.listeners.extend([streams, messages]);
         for (kind, seed) in kinds.iter().copied().zip((0..).step_by(2)) {
             let (stream, host_port) =
