@@ -167,6 +167,7 @@ impl Backend {
                 ring.disable_notification();
             }
             let mut used = [false; QUEUES];
+            let mut forged = [false; QUEUES];
             let silent_events;
             used[TX] = self.process_tx(device, &rings[TX]);
             {
@@ -181,6 +182,7 @@ impl Backend {
                     };
                     rings[queue].forge_used(descriptor, len);
                     used[queue] = true;
+                    forged[queue] = true;
                 }
                 silent_events = std::mem::take(&mut state.silent_events);
                 state.posted = (rings[RX].posted(), rings[EVENT].posted());
@@ -189,7 +191,8 @@ impl Backend {
             }
             for (queue, ring) in rings.iter().enumerate() {
                 let silent = queue == EVENT && silent_events;
-                if used[queue] && !silent && ring.needs_notification() {
+                // The library does not count what is forged.
+                if used[queue] && !silent && (ring.needs_notification() || forged[queue]) {
                     ring.interrupt()?;
                 }
             }
