@@ -167,7 +167,6 @@ impl Backend {
                 ring.disable_notification();
             }
             let mut used = [false; QUEUES];
-            let mut forged = [false; QUEUES];
             let silent_events;
             used[TX] = self.process_tx(device, &rings[TX]);
             {
@@ -181,8 +180,8 @@ impl Backend {
                         Queue::Event => EVENT,
                     };
                     rings[queue].forge_used(descriptor, len);
+                    rings[queue].interrupt()?;
                     used[queue] = true;
-                    forged[queue] = true;
                 }
                 silent_events = std::mem::take(&mut state.silent_events);
                 state.posted = (rings[RX].posted(), rings[EVENT].posted());
@@ -191,8 +190,7 @@ impl Backend {
             }
             for (queue, ring) in rings.iter().enumerate() {
                 let silent = queue == EVENT && silent_events;
-                // The library does not count what is forged.
-                if used[queue] && !silent && (ring.needs_notification() || forged[queue]) {
+                if used[queue] && !silent && ring.needs_notification() {
                     ring.interrupt()?;
                 }
             }

@@ -242,7 +242,6 @@ impl Layout for PackedRing<'_> {
     fn forge_used(&self, id: u16, len: u32) {
         let place = self.place();
         self.write_used(place, id, len);
-        self.count_unsignalled(1);
         self.set_place(place.advance(1, self.size));
     }
 

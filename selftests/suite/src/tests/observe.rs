@@ -362,7 +362,6 @@ pub fn queue_lengths(lab: &Lab) -> Result<()> {
 
 /// A vsockmon device captures packets in both directions, in the format of its header.
 pub fn vsockmon(lab: &Lab) -> Result<()> {
-    const LONG: usize = 40_000;
     let guest = lab.guest_with_modules(&["vsockmon"])?;
     let capture = start_capture(&guest)?;
     let expect = |packet, purpose| expect_captured(&guest, capture, packet, purpose);
@@ -378,15 +377,19 @@ pub fn vsockmon(lab: &Lab) -> Result<()> {
     guest.device.inject(from_host.clone());
     expect(from_host, PAYLOAD)?;
     guest.send(fd, "from the guest")?;
-    expect(peer.expect(Op::RW)?, PAYLOAD)?;
+    let from_guest = peer.expect(Op::RW)?;
+    expect_eq("what is sent", &from_guest.payload[..], b"from the guest")?;
+    expect(from_guest, PAYLOAD)?;
     // Payload of several pages comes whole.
-    guest.send(fd, &"long ".repeat(LONG / 5))?;
-    let mut sent = 0;
-    while sent < LONG {
+    let long = "long ".repeat(8_000);
+    guest.send(fd, &long)?;
+    let mut sent: Vec<u8> = Vec::new();
+    while sent.len() < long.len() {
         let packet = peer.expect(Op::RW)?;
-        sent += packet.payload.len();
+        sent.extend(&packet.payload);
         expect(packet, PAYLOAD)?;
     }
+    expect_eq("a long packet's payload", sent == long.as_bytes(), true)?;
 
     peer.send(Op::CREDIT_REQUEST);
     expect(peer.packet(Op::CREDIT_REQUEST), CONTROL)?;
