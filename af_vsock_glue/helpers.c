@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
+#include <linux/mm.h>
 #include <linux/net.h>
 #include <linux/sched.h>
 #include <linux/sched/signal.h>
@@ -237,6 +238,38 @@ void vsock_glue_charge_more(struct sk_buff *skb, int size)
 void vsock_glue_orphan(struct sk_buff *skb)
 {
 	skb_orphan(skb);
+}
+
+/* Makes a linear buffer of which nobody else has a part what it was when it was allocated. */
+void vsock_glue_recycle_received(struct sk_buff *skb)
+{
+	skb_orphan(skb);
+	skb->data = skb->head;
+	skb_reset_tail_pointer(skb);
+	skb->len = 0;
+	skb->truesize = SKB_TRUESIZE(skb_end_offset(skb));
+}
+
+/*
+ * Makes a buffer to the device what vsock_glue_alloc_linear() or
+ * vsock_glue_alloc_with_frags() made. Fails for one whose pages, or the completion that
+ * it has, are a program's, and for one segment without room for more than so much.
+ */
+bool vsock_glue_recycle_sent(struct sk_buff *skb, unsigned int too_small)
+{
+	if (skb_zcopy(skb) || (!skb->data_len && skb_end_offset(skb) <= too_small))
+		return false;
+	skb_orphan(skb);
+	skb->data = skb->head;
+	skb_reset_tail_pointer(skb);
+	skb->len = skb->data_len;
+	return true;
+}
+
+/* Whether the administrator wants memory to be wiped as soon as nobody needs it. */
+bool vsock_glue_wipes_freed_memory(void)
+{
+	return want_init_on_free();
 }
 
 void vsock_glue_zcopy_set(struct sk_buff *skb, struct ubuf_info *uarg)

@@ -52,11 +52,18 @@ impl Control for () {
     type Direction = FromDevice;
 }
 
+/// A buffer that had a packet to the device, and has room for another one.
+pub(crate) struct Blank;
+
+impl Control for Blank {
+    type Direction = ToDevice;
+}
+
 /// An owned `struct sk_buff` whose control block (`cb`) holds a `C`.
 ///
 /// # Invariants
 ///
-/// - The pointer is a buffer that nobody else refers to, and that is on no list.
+/// - The pointer is a buffer that nobody else refers to, and that is on no list. Its data is nobody else's, for it is never cloned.
 /// - Its control block holds a valid `C`, which is dropped with the buffer.
 /// - It was made for the [direction](Control::Direction) that `C` says: a device writes to no other buffers than those from it,
 ///   and only those to it have fragments.
@@ -72,8 +79,8 @@ unsafe impl<C: Send> Send for SkBuff<C> {}
 pub(crate) enum Payload<'a> {
     /// Nothing.
     None,
-    /// A copy of so many bytes of a message.
-    Copy(&'a mut MessageSource, usize),
+    /// A copy of so many bytes of a message, in that buffer where it fits.
+    Copy(&'a mut MessageSource, usize, Option<SkBuff<Blank>>),
     /// So many bytes of a message in the caller's own pages.
     Pages(&'a mut MessageSource, usize),
 }
@@ -187,6 +194,35 @@ impl<C> SkBuff<C> {
     }
 }
 
+impl<C: Control> SkBuff<C> {
+    /// Replaces the control block.
+    pub(crate) fn with_control<D: Control<Direction = C::Direction>>(
+        self,
+        control: D,
+    ) -> SkBuff<D> {
+        let skb = self.skb;
+        // SAFETY: The old control block is dropped here and nowhere else: `self` is not dropped below.
+        unsafe { ptr::drop_in_place(self.control_ptr()) };
+        let _ = ManuallyDrop::new(self);
+        // SAFETY: The reference is `self`'s, and the direction the same.
+        unsafe { SkBuff::new(skb, control) }
+    }
+}
+
+impl SkBuff<Blank> {
+    /// Returns it where it is what is made for `linear` bytes in one segment and `pages` bytes in others, or not much larger;
+    /// otherwise frees it.
+    fn if_fits(self, linear: usize, pages: usize) -> Option<Self> {
+        let room = self.tailroom();
+        // In one with fragments these are its length, and there is no tailroom.
+        if self.len() == pages && (pages > 0 || (linear <= room && room / 2 <= linear)) {
+            return Some(self);
+        }
+        self.consume();
+        None
+    }
+}
+
 impl<C: Control<Direction = ToDevice>> SkBuff<C> {
     /// The longest packet that is one segment of memory, in bytes.
     pub(crate) fn longest_linear() -> usize {
@@ -206,7 +242,7 @@ impl<C: Control<Direction = ToDevice>> SkBuff<C> {
     pub(crate) fn outgoing(
         socket: Option<&Socket>,
         header: &[u8],
-        payload: Payload<'_>,
+        mut payload: Payload<'_>,
         zero_copy: Option<&mut ZeroCopy>,
         control: C,
     ) -> Result<Self> {
@@ -214,21 +250,26 @@ impl<C: Control<Direction = ToDevice>> SkBuff<C> {
             return Err(EINVAL);
         }
         let (in_buffer, in_pages) = match &payload {
-            Payload::Copy(_, len) if header.len() + len <= Self::longest_linear() => (*len, 0),
-            Payload::Copy(_, len) => (0, *len),
+            Payload::Copy(_, len, _) if header.len() + len <= Self::longest_linear() => (*len, 0),
+            Payload::Copy(_, len, _) => (0, *len),
             Payload::None | Payload::Pages(..) => (0, 0),
         };
-        // SAFETY: No preconditions.
-        let skb = unsafe {
-            if in_pages > 0 {
-                let (linear, pages) = (u32::try_from(header.len())?, u32::try_from(in_pages)?);
-                bindings::vsock_glue_alloc_with_frags(linear, pages)
-            } else {
-                bindings::vsock_glue_alloc_linear(u32::try_from(header.len() + in_buffer)?)
-            }
+        let linear = header.len() + in_buffer;
+        let blank = match &mut payload {
+            Payload::Copy(_, _, blank) => blank.take(),
+            Payload::None | Payload::Pages(..) => None,
+        };
+        let blank = blank.and_then(|blank| blank.if_fits(linear, in_pages));
+        let (linear, pages) = (u32::try_from(linear)?, u32::try_from(in_pages)?);
+        let skb = match blank {
+            Some(blank) => blank.into_raw(),
+            // SAFETY: No preconditions.
+            None if pages > 0 => unsafe { bindings::vsock_glue_alloc_with_frags(linear, pages) },
+            // SAFETY: No preconditions.
+            None => unsafe { bindings::vsock_glue_alloc_linear(linear) },
         };
         let skb = NonNull::new(skb).ok_or(ENOMEM)?;
-        // SAFETY: It was made here, to be sent.
+        // SAFETY: It was made here, to be sent, or is a blank one, which has nothing in its control block.
         let mut this = unsafe { Self::new(skb, control) };
         if let Some(socket) = socket {
             // SAFETY: Both are valid, and the buffer has no owner yet.
@@ -240,7 +281,7 @@ impl<C: Control<Direction = ToDevice>> SkBuff<C> {
         }
         match payload {
             Payload::None => {}
-            Payload::Copy(message, len) => {
+            Payload::Copy(message, len, _) => {
                 if in_buffer > 0 {
                     // SAFETY: The buffer was made with room for the payload.
                     unsafe { bindings::skb_put(this.as_raw(), len as u32) };
@@ -294,6 +335,21 @@ impl<C: Control<Direction = ToDevice>> SkBuff<C> {
         }
         this.put_header(header, true);
         this
+    }
+
+    /// Takes the packet out of its buffer, which is charged to no socket any more; its memory stays as it is. The buffer is freed,
+    /// as [`consume`](Self::consume) does it, where it has pages or a completion of a program's, or is one segment of `too_small`
+    /// bytes or fewer.
+    pub(crate) fn recycle_sent(self, too_small: u32) -> Option<SkBuff<Blank>> {
+        let this = self.with_control(Blank);
+        // SAFETY: The buffer is valid and nobody else's.
+        match unsafe { bindings::vsock_glue_recycle_sent(this.as_raw(), too_small) } {
+            true => Some(this),
+            false => {
+                this.consume();
+                None
+            }
+        }
     }
 
     /// Puts the header into the linear part of a buffer that was made with room for it.
@@ -364,14 +420,14 @@ impl<C: Control<Direction = FromDevice>> SkBuff<C> {
         Ok(unsafe { Self::new(skb, control) })
     }
 
-    /// Replaces the control block.
-    pub(crate) fn with_control<D: Control<Direction = FromDevice>>(self, control: D) -> SkBuff<D> {
-        let skb = self.skb;
-        // SAFETY: The old control block is dropped here and nowhere else: `self` is not dropped below.
-        unsafe { ptr::drop_in_place(self.control_ptr()) };
-        let _ = ManuallyDrop::new(self);
-        // SAFETY: The reference is `self`'s, and the direction the same.
-        unsafe { SkBuff::new(skb, control) }
+    /// Makes it as empty as a new one, charged to no socket. What was in its memory stays there: the device wrote that. Needs the
+    /// lock of the socket that it is charged to, where it is.
+    pub(crate) fn recycle_received(self) -> SkBuff<()> {
+        let this = self.with_control(());
+        // SAFETY: The buffer is linear and nobody else has a part of it, by the type invariants; the socket that it is charged to
+        // lives as long as the charge.
+        unsafe { bindings::vsock_glue_recycle_received(this.as_raw()) };
+        this
     }
 
     /// Declares the first `len` bytes of the tailroom to be data: a device wrote them.
@@ -465,6 +521,12 @@ impl<C> Drop for SkBuff<C> {
             )
         }
     }
+}
+
+/// Whether the kernel is told to wipe memory when it is freed (`init_on_free=1`).
+pub(crate) fn wipes_freed_memory() -> bool {
+    // SAFETY: No preconditions.
+    unsafe { bindings::vsock_glue_wipes_freed_memory() }
 }
 
 /// A queue of buffers, linked through the buffers themselves: nothing is allocated.
@@ -656,6 +718,13 @@ impl<C> SkBuffQueue<C> {
             at = unsafe { *next_of(skb.as_raw()) };
         }
         ControlFlow::Continue(())
+    }
+
+    /// Frees all buffers, which have served their purpose.
+    pub(crate) fn consume(mut self) {
+        while let Some(skb) = self.pop_front() {
+            skb.consume();
+        }
     }
 
     /// Takes everything out.

@@ -2,7 +2,7 @@
 
 //! What the driver keeps for each socket.
 
-use super::backlog::Waiting;
+use super::{backlog::Waiting, spare_buffers::SpareBuffers};
 use crate::{
     af_vsock_glue::{
         skb::{Control, FromDevice, QueuedSkBuff, SkBuff, SkBuffQueue},
@@ -156,8 +156,14 @@ impl ReceiveQueue {
     ///
     /// Small payload goes into the last packet's memory where it fits; payload of any size, and whole
     /// messages, do once the queue takes more than `limit` bytes of memory.
-    /// Memory is charged to `socket`.
-    fn enqueue(&mut self, socket: &Socket, packet: SkBuff<()>, end: Option<bool>, limit: usize) {
+    /// Memory is charged to `socket`. Returns the buffer where it is not in the queue.
+    fn enqueue(
+        &mut self,
+        socket: &Socket,
+        packet: SkBuff<()>,
+        end: Option<bool>,
+        limit: usize,
+    ) -> Option<SkBuff<()>> {
         let crowded = self.truesize.saturating_add(packet.truesize()) > limit;
         let merge = packet.len() <= COPY_BREAK || crowded;
         let merged = match merge {
@@ -170,20 +176,23 @@ impl ReceiveQueue {
         if let Some(more_memory) = merged {
             self.messages += u32::from(end.is_some());
             self.truesize += more_memory;
-            packet.consume();
-        } else if packet.len() > 0 {
-            self.messages += u32::from(end.is_some());
-            self.truesize += packet.truesize();
-            let received = Received {
-                read: 0,
-                ends: None,
-                last: end_of(packet.len(), end),
-            };
-            let packet = packet.with_control(received);
-            packet.charge_as_received(socket);
-            self.packets.push_back(packet);
+            return Some(packet);
         }
-        // Nothing but the end of a message that has no beginning is dropped.
+        if packet.len() == 0 {
+            // The end of a message that has no beginning.
+            return Some(packet);
+        }
+        self.messages += u32::from(end.is_some());
+        self.truesize += packet.truesize();
+        let received = Received {
+            read: 0,
+            ends: None,
+            last: end_of(packet.len(), end),
+        };
+        let packet = packet.with_control(received);
+        packet.charge_as_received(socket);
+        self.packets.push_back(packet);
+        None
     }
 
     /// Appends `packet` to `last`, behind the end of a message only where `messages` says so. Returns how many bytes of memory
@@ -687,19 +696,18 @@ impl Connection {
     }
 
     /// Appends a packet of payload to what can be read, and the end of a message where `end` says so. Needs the socket's
-    /// lock; takes the connection lock.
+    /// lock; takes the connection lock. Returns the packet's buffer where it is needed no more.
     pub(crate) fn enqueue(
         &self,
         socket: &Socket,
         payload: SkBuff<()>,
         end: Option<bool>,
-    ) -> Result<(), CreditExceeded> {
+    ) -> Result<Option<SkBuff<()>>, CreditExceeded> {
         let len = u32::try_from(payload.len()).map_err(|_| CreditExceeded)?;
         let mut state = self.state.lock();
         state.receive.receive(len)?;
         let limit = (state.receive.buf_alloc() as usize).saturating_mul(2);
-        state.queue.enqueue(socket, payload, end, limit);
-        Ok(())
+        Ok(state.queue.enqueue(socket, payload, end, limit))
     }
 
     /// Takes the receive queue out, so that its data can be copied without the spinlock.
@@ -756,13 +764,15 @@ impl Connection {
         }
     }
 
-    /// Moves data out of the receive queue, as [`peek`](Self::peek) does otherwise.
+    /// Moves data out of the receive queue, as [`peek`](Self::peek) does otherwise, and emptied buffers to `spare_buffers`.
     pub(crate) fn dequeue(
         &self,
         len: usize,
+        spare_buffers: &SpareBuffers<()>,
         mut copy: impl FnMut(&SkBuff<Received>, usize, usize) -> Result,
     ) -> Result<usize> {
         let mut packets = self.borrow_queue();
+        let mut emptied = SkBuffQueue::new();
         let mut result = Ok(());
         let mut copied = 0;
         let mut freed = 0;
@@ -783,10 +793,11 @@ impl Connection {
             } else {
                 freed += packet.len();
                 freed_truesize += packet.truesize();
-                packet.consume();
+                emptied.push_back(packet.recycle_received());
             }
         }
         self.return_queue(packets, copied, freed, freed_truesize, 0);
+        spare_buffers.put(emptied);
         if copied > 0 {
             return Ok(copied);
         }
@@ -833,16 +844,19 @@ impl Connection {
 
     /// Moves the first message out of the queue, as [`peek_message`](Self::peek_message) does otherwise.
     ///
-    /// A message that cannot be copied is lost, like one that is longer than `room` loses its end.
+    /// A message that cannot be copied is lost, like one that is longer than `room` loses its end. Emptied buffers go to
+    /// `spare_buffers`.
     pub(crate) fn dequeue_message(
         &self,
         room: usize,
+        spare_buffers: &SpareBuffers<()>,
         mut copy: impl FnMut(&SkBuff<Received>, usize, usize) -> Result,
     ) -> Result<Option<ReadMessage>> {
         if self.readable_messages() == 0 {
             return Ok(None);
         }
         let mut packets = self.borrow_queue();
+        let mut emptied = SkBuffQueue::new();
         let mut message = ReadMessage::default();
         let mut result = Ok(());
         let mut freed_truesize = 0;
@@ -860,7 +874,7 @@ impl Connection {
                 packets.push_front(packet);
             } else {
                 freed_truesize += packet.truesize();
-                packet.consume();
+                emptied.push_back(packet.recycle_received());
             }
             if let Some(end) = end {
                 message.ends_record = end.ends_record;
@@ -868,6 +882,7 @@ impl Connection {
             }
         }
         self.return_queue(packets, message.len, message.len, freed_truesize, 1);
+        spare_buffers.put(emptied);
         result.map(|()| Some(message))
     }
 

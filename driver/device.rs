@@ -133,7 +133,7 @@ impl VsockDriver {
 
         let has_updates = device.has_feature(feature::CHECKPOINT);
         let is_packed = device.has_feature(feature::RING_PACKED);
-        let mut rx = RxQueue::new(rx, is_packed, has_updates);
+        let mut rx = RxQueue::new(rx, is_packed, has_updates, self.spare_buffers.clone());
         let mut events = EventQueue::new(events, has_updates)?;
         events.fill();
         rx.fill();

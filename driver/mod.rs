@@ -6,6 +6,7 @@
 //! | --- | --- |
 //! | [`device`] | the device comes and goes: probe, remove, freeze, restore |
 //! | [`rx`] | packets from the device: which socket they are for, and what follows |
+//! | [`spare_buffers`] | buffers that have had a packet, for the next ones |
 //! | [`backlog`] | packets that wait for room in the transmit virtqueue, fairly |
 //! | [`moderation`] | whether packets are handled before the program that runs goes on, or after its turn |
 //! | [`tx`] | packets to the device: the virtqueue, and what waits for room in it |
@@ -27,6 +28,7 @@ pub(crate) mod moderation;
 pub(crate) mod payload;
 pub(crate) mod rx;
 pub(crate) mod sockets;
+pub(crate) mod spare_buffers;
 pub(crate) mod statistics;
 pub(crate) mod tx;
 pub(crate) mod updates;
@@ -78,6 +80,8 @@ pub(crate) struct VsockDriver {
     device: Mutex<device::DeviceState>,
     #[pin]
     rx: Mutex<Option<rx::RxQueue>>,
+    /// Receive buffers that were read.
+    spare_buffers: Arc<spare_buffers::SpareBuffers<()>>,
     /// The place in the receive queue up to which packets were handled, as updates of CIDs say it. Changed with the rx mutex.
     rx_handled: Atomic<u32>,
     /// How many transport resets there were, refused updates among them, modulo 2^32. Changed with the rx mutex.
@@ -157,11 +161,12 @@ impl VsockDriver {
         statistics: Arc<statistics::Statistics>,
     ) -> Result<Arc<Self>> {
         Arc::pin_init(
-            pin_init!(Self {
+            try_pin_init!(Self {
                 guest_cid: Atomic::new(Address::CID_ANY),
                 socket_types: Atomic::new(0),
                 device <- new_mutex!(device::DeviceState::default(), "virtio_vsock_rs_device"),
                 rx <- new_mutex!(None, "virtio_vsock_rs_rx"),
+                spare_buffers: Arc::pin_init(spare_buffers::SpareBuffers::new(), GFP_KERNEL)?,
                 rx_handled: Atomic::new(0),
                 resets: Atomic::new(0),
                 migrations: Atomic::new(0),
@@ -185,6 +190,7 @@ impl VsockDriver {
     fn queue_lengths(&self) -> statistics::QueueLengths {
         let mut lengths = self.tx.lengths();
         lengths.rx_buffers = (*self.rx.lock()).as_ref().map_or(0, rx::RxQueue::posted);
+        lengths.rx_spare_buffers = self.spare_buffers.len();
         lengths.event_buffers = (*self.events.lock())
             .as_ref()
             .map_or(0, events::EventQueue::posted);

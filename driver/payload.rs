@@ -209,7 +209,11 @@ impl VsockDriver {
                 packet => return packet,
             }
         }
-        make(Payload::Copy(message, len as usize), zero_copy.as_mut())
+        let buffer = self.tx.spare_buffer(len);
+        make(
+            Payload::Copy(message, len as usize, buffer),
+            zero_copy.as_mut(),
+        )
     }
 }
 

@@ -8,6 +8,7 @@ use super::{
     queue_work,
     queue_work_in_turn,
     queue_work_without_memory,
+    spare_buffers::SpareBuffers,
     statistics::Counter,
     tx::ControlPacket,
     work,
@@ -17,7 +18,7 @@ use crate::{
     af_vsock_glue::{
         errno::{ECONNREFUSED, ECONNRESET, ENOBUFS, EPROTO},
         monitor::{self, Direction},
-        skb::SkBuff,
+        skb::{SkBuff, SkBuffQueue},
         socket::{Address, Directions, LockedSocket, Socket, SocketKind, SocketState},
         virtio::{LiveDevice, RawQueue, Virtqueue},
         workqueue::cond_resched,
@@ -37,6 +38,9 @@ use kernel::{
 /// How many packets one run of the work item takes, so that others get the lock, and the CPU when it is their turn.
 const BUDGET: u32 = 256;
 
+/// Memory of a receive buffer, in bytes, but for its bookkeeping.
+const BUFFER_SIZE: usize = 4096;
+
 /// How many buffers the device has at most, however large its ring is: 2 MiB of memory.
 const MAX_RX_BUFFERS: u32 = 512;
 
@@ -48,6 +52,10 @@ pub(crate) struct RxQueue {
     queue: Virtqueue<()>,
     /// Buffers that the device has.
     posted: u32,
+    /// Buffers whose packets were of use to nobody but the driver, to be given to the device again.
+    emptied: SkBuffQueue<()>,
+    /// Those that readers have emptied. Kept while there is this queue.
+    spare_buffers: Arc<SpareBuffers<()>>,
     /// Behind the buffers that were taken out.
     place: UsedPlace,
     /// Whether the device sends updates of CIDs, of which no packet of after one may be received before it.
@@ -57,15 +65,26 @@ pub(crate) struct RxQueue {
 impl RxQueue {
     /// Takes over an empty queue. `is_packed` says whether it is a packed ring, `has_updates` whether the device may send
     /// updates of CIDs.
-    pub(crate) fn new(queue: RawQueue, is_packed: bool, has_updates: bool) -> Self {
+    pub(crate) fn new(
+        queue: RawQueue,
+        is_packed: bool,
+        has_updates: bool,
+        spare_buffers: Arc<SpareBuffers<()>>,
+    ) -> Self {
         let queue = Virtqueue::from(queue);
         let place = UsedPlace::first(is_packed.then(|| queue.size()));
-        Self {
+        let this = Self {
             queue,
             posted: 0,
+            emptied: SkBuffQueue::new(),
+            spare_buffers,
             place,
             has_updates,
-        }
+        };
+        // As many as the device is given at a time.
+        this.spare_buffers
+            .open(this.wanted() as usize / 2 * BUFFER_SIZE);
+        this
     }
 
     /// The place behind the buffers that were taken out, as updates of CIDs say it.
@@ -100,8 +119,11 @@ impl RxQueue {
 
     /// Gives the device buffers until it has enough, or memory is short. May sleep.
     pub(crate) fn fill(&mut self) {
+        let lacking = self.wanted().saturating_sub(self.posted) as usize;
+        self.spare_buffers.take(&mut self.emptied, lacking);
         while self.posted < self.wanted() {
-            let Ok(buffer) = SkBuff::page_sized(()) else {
+            let emptied = self.emptied.pop_front().map(Ok);
+            let Ok(buffer) = emptied.unwrap_or_else(|| SkBuff::page_sized(())) else {
                 break;
             };
             if self.queue.push_empty(buffer).is_err() {
@@ -116,6 +138,12 @@ impl RxQueue {
         if self.posted <= self.wanted() / 2 {
             self.fill();
         }
+    }
+}
+
+impl Drop for RxQueue {
+    fn drop(&mut self) {
+        self.spare_buffers.close();
     }
 }
 
@@ -181,7 +209,10 @@ impl VsockDriver {
                     self.handle_events_before_packet();
                 }
                 match packet {
-                    Ok(packet) => self.receive(packet),
+                    Ok(packet) => {
+                        let emptied = self.receive(packet);
+                        rx.emptied.extend(emptied.map(SkBuff::recycle_received));
+                    }
                     Err(_) => self.statistics.dropped_long.increment(),
                 }
                 // Each buffer is one piece of memory, and so one descriptor.
@@ -206,11 +237,12 @@ impl VsockDriver {
         }
     }
 
-    /// Takes a packet apart and finds the socket that it is for. Needs the rx mutex; sleeps, and takes the socket's lock.
-    fn receive(self: &Arc<Self>, mut packet: SkBuff<()>) {
+    /// Takes a packet apart and finds the socket that it is for. Returns the buffer where its packet was received and nobody
+    /// needs it any more. Needs the rx mutex; sleeps, and takes the socket's lock.
+    fn receive(self: &Arc<Self>, mut packet: SkBuff<()>) -> Option<SkBuff<()>> {
         let Some(raw_header) = packet.copy_front::<HEADER_LEN>() else {
             self.statistics.dropped_short.increment();
-            return;
+            return None;
         };
         let header = Header::parse(&raw_header);
         let Some(len) = usize::try_from(header.len)
@@ -218,7 +250,7 @@ impl VsockDriver {
             .filter(|len| *len <= packet.len() - HEADER_LEN)
         else {
             self.statistics.dropped_short.increment();
-            return;
+            return None;
         };
         packet.truncate(HEADER_LEN + len);
         monitor::show(Direction::Received, &raw_header, purpose, &packet);
@@ -229,12 +261,12 @@ impl VsockDriver {
         let Some(flow) = self.flow(&header) else {
             self.statistics.dropped_cid.increment();
             self.fail_attempt_of_before(&header);
-            return;
+            return None;
         };
         if !self.socket_types().contains(header.socket_type) {
             self.statistics.unknown_type.increment();
             self.send_reset_reply(&header);
-            return;
+            return None;
         }
         if matches!(header.op, Op::Request | Op::Response) {
             // It may be of after an event that waits in its queue: then it does not concern a connection of before, and
@@ -245,7 +277,10 @@ impl VsockDriver {
             .or_else(|| Socket::find_bound(flow.local));
         match socket {
             Some(socket) => self.receive_for(&socket.lock(), flow, &header, packet),
-            None => self.send_reset_reply(&header),
+            None => {
+                self.send_reset_reply(&header);
+                None
+            }
         }
     }
 
@@ -287,14 +322,15 @@ impl VsockDriver {
         }
     }
 
-    /// Does what a packet means for the socket that it was found to be for. Needs the rx mutex; sleeps.
+    /// Does what a packet means for the socket that it was found to be for. Returns its buffer where that was received and nobody
+    /// needs it any more. Needs the rx mutex; sleeps.
     fn receive_for(
         &self,
         socket: &LockedSocket<'_>,
         flow: Flow,
         header: &Header,
         payload: ReceivedPayload,
-    ) {
+    ) -> Option<ReceivedPayload> {
         let state = protocol_state(socket.state());
         // While nobody had its lock the socket may have been closed, or connected to somebody else.
         if protocol_type(socket.kind()) != Some(header.socket_type)
@@ -302,7 +338,7 @@ impl VsockDriver {
             || (state != State::Listening && !socket.accepts_source::<Self>(flow.remote))
         {
             self.send_reset_reply(header);
-            return;
+            return None;
         }
         if state == State::Listening {
             // It may have a connection all the same, of an attempt to connect that failed before.
@@ -311,16 +347,16 @@ impl VsockDriver {
                 Step::Refuse => self.send_reset_reply(header),
                 _ => self.statistics.dropped_state.increment(),
             }
-            return;
+            return None;
         }
         let Some(connection) = socket.connection::<Self>() else {
             self.send_reset_reply(header);
-            return;
+            return None;
         };
         if connection.reset_state() != ResetState::No {
             // What the device has reset is over, though the socket is still bound and can be found.
             self.send_reset_reply(header);
-            return;
+            return None;
         }
         let news = connection.note_packet(header);
         if news.ends_waits {
@@ -367,7 +403,7 @@ impl VsockDriver {
                     self.probe(socket, connection);
                 }
             }
-            Step::Deliver => self.deliver(socket, connection, header, payload),
+            Step::Deliver => return self.deliver(socket, connection, header, payload),
             Step::SendCredit => self.send_credit_update(socket, connection, true),
             Step::NoteCredit => {}
             Step::PeerShutdown(directions) => {
@@ -388,6 +424,7 @@ impl VsockDriver {
             }
             Step::Drop => self.statistics.dropped_state.increment(),
         }
+        Some(payload)
     }
 
     /// Makes a connection for a listener, or refuses it.
@@ -422,31 +459,29 @@ impl VsockDriver {
         Ok(())
     }
 
-    /// Puts payload where readers find it. Sleeps.
+    /// Puts payload where readers find it. Returns its buffer where they find a copy. Sleeps.
     fn deliver(
         &self,
         socket: &LockedSocket<'_>,
         connection: ArcBorrow<'_, Connection>,
         header: &Header,
         payload: ReceivedPayload,
-    ) {
-        if connection
-            .enqueue(socket, payload, header.message_end())
-            .is_ok()
-        {
+    ) -> Option<ReceivedPayload> {
+        if let Ok(emptied) = connection.enqueue(socket, payload, header.message_end()) {
             if header.message_end().is_some() {
                 // Whatever its length, and SO_RCVLOWAT.
                 socket.data_ready();
             } else {
                 socket.wake_readers();
             }
-            return;
+            return emptied;
         }
         // Its data would be lost, so the connection ends instead.
         self.statistics.resets_by_credit.increment();
         self.send_final_reset(socket, connection, ControlPacket::reply(Op::Rst));
         self.finish_connection(socket, &connection);
         socket.fail(ENOBUFS.into());
+        None
     }
 
     /// Notes what the peer has shut down by now. Sleeps.

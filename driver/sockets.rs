@@ -174,7 +174,7 @@ impl Transport for VsockDriver {
                 packet.copy_to(offset, message, part)
             });
         }
-        let received = connection.dequeue(len, |packet, offset, part| {
+        let received = connection.dequeue(len, &self.spare_buffers, |packet, offset, part| {
             packet.copy_to(offset, message, part)
         })?;
         self.send_wanted_credit_update(socket, connection, socket.low_water());
@@ -198,7 +198,7 @@ impl Transport for VsockDriver {
         let read = if peek {
             connection.peek_message(room, copy)
         } else {
-            let read = connection.dequeue_message(room, copy);
+            let read = connection.dequeue_message(room, &self.spare_buffers, copy);
             self.send_wanted_credit_update(socket, connection, socket.low_water());
             read
         }?;

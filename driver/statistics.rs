@@ -134,10 +134,14 @@ pub(crate) struct QueueLengths {
     pub(crate) tx_waiting: usize,
     /// Those of them that answer packets of the device.
     pub(crate) tx_waiting_replies: usize,
+    /// Buffers of packets that the device has used, for the next ones.
+    pub(crate) tx_spare_buffers: usize,
     /// Whether no packets or events are received until fewer answers wait.
     pub(crate) rx_is_stopped: bool,
     /// Buffers that the device has for packets.
     pub(crate) rx_buffers: usize,
+    /// Buffers of packets that were read, which it will be given again.
+    pub(crate) rx_spare_buffers: usize,
     /// Buffers that the device has for events.
     pub(crate) event_buffers: usize,
 }
@@ -151,8 +155,10 @@ fn show_queues(
         ("tx_in_flight", lengths.tx_in_flight),
         ("tx_waiting", lengths.tx_waiting),
         ("tx_waiting_replies", lengths.tx_waiting_replies),
+        ("tx_spare_buffers", lengths.tx_spare_buffers),
         ("rx_is_stopped", lengths.rx_is_stopped.into()),
         ("rx_buffers", lengths.rx_buffers),
+        ("rx_spare_buffers", lengths.rx_spare_buffers),
         ("event_buffers", lengths.event_buffers),
     ];
     for (name, value) in lines {

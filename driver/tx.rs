@@ -11,10 +11,12 @@
 use super::{
     backlog::{Backlog, Waiting, WaitingPackets},
     connection::{Connection, ResetState},
+    moderation::LONGEST_SMALL_PAYLOAD,
     purpose,
     queue_work,
     queue_work_in_turn,
     queue_work_without_memory,
+    spare_buffers::SpareBuffers,
     statistics::QueueLengths,
     work,
     VsockDriver, //
@@ -22,7 +24,7 @@ use super::{
 use crate::{
     af_vsock_glue::{
         monitor::{self, Direction},
-        skb::{Control, Payload, SkBuff, SkBuffQueue, ToDevice},
+        skb::{Blank, Control, Payload, SkBuff, SkBuffQueue, ToDevice},
         socket::{Directions, LockedSocket},
         virtio::{PushError, RawQueue, Virtqueue},
         workqueue::cond_resched,
@@ -50,6 +52,9 @@ const BUDGET: usize = 256;
 
 /// How many packets of payload wait for the work item, at most, before a sender takes them to the device itself.
 const LONGEST_BATCH: u32 = 64;
+
+/// How much memory of buffers is kept for the next packets, in bytes: twice what a connection has on its way by default.
+const SPARE_MEMORY: usize = 512 * 1024;
 
 /// Control block of a packet to the device.
 pub(crate) struct Outgoing {
@@ -140,14 +145,6 @@ impl Outgoing {
     }
 }
 
-/// Frees packets that have served their purpose. No lock may be held: freeing calls back into sockets. Sleeps.
-fn consume_all(mut packets: SkBuffQueue<Outgoing>) {
-    while let Some(packet) = packets.pop_front() {
-        packet.consume();
-        cond_resched();
-    }
-}
-
 impl Control for Outgoing {
     type Direction = ToDevice;
 }
@@ -176,6 +173,9 @@ pub(crate) struct Tx {
     replies_wait: Atomic<bool>,
     /// The longest payload that fits into the virtqueue, in bytes.
     longest_payload: Atomic<u32>,
+    /// Buffers that the device has used. Kept while there is a device.
+    #[pin]
+    spare_buffers: SpareBuffers<Blank>,
 }
 
 /// When the transmit virtqueue is to be looked at again.
@@ -365,6 +365,7 @@ impl Tx {
             }, "virtio_vsock_rs_tx"),
             replies_wait: Atomic::new(false),
             longest_payload: Atomic::new(MAX_PAYLOAD),
+            spare_buffers <- SpareBuffers::new(),
         })
     }
 
@@ -383,6 +384,7 @@ impl Tx {
             (OutgoingPacket::longest_linear() - HEADER_LEN) as u32
         };
         self.longest_payload.store(longest, Relaxed);
+        self.spare_buffers.open(SPARE_MEMORY);
         self.state.lock().device = Some(TxQueue {
             queue,
             in_flight: 0,
@@ -395,6 +397,23 @@ impl Tx {
         self.longest_payload.load(Relaxed)
     }
 
+    /// A buffer of a packet of before for the next one, whose payload it may be too small or too large for. Small packets have
+    /// none: they would take what is for others, and gain little.
+    pub(crate) fn spare_buffer(&self, payload_len: u32) -> Option<SkBuff<Blank>> {
+        (payload_len > LONGEST_SMALL_PAYLOAD).then(|| self.spare_buffers.take_one())?
+    }
+
+    /// Frees packets that the device has used, but for buffers that are kept for the next ones. No lock may be held: this calls
+    /// back into sockets. Sleeps.
+    fn free_used(&self, mut packets: SkBuffQueue<Outgoing>) {
+        let mut spare = SkBuffQueue::new();
+        while let Some(packet) = packets.pop_front() {
+            spare.extend(packet.recycle_sent(LONGEST_SMALL_PAYLOAD));
+            cond_resched();
+        }
+        self.spare_buffers.put(spare);
+    }
+
     /// Whether packets may be in as many pieces as the caller's pages are.
     pub(crate) fn takes_pages(&self) -> bool {
         self.longest_payload() == MAX_PAYLOAD
@@ -402,6 +421,7 @@ impl Tx {
 
     /// Takes the device's queue out of use; nothing is added to it or to the backlog any more. Sleeps.
     pub(crate) fn take_queue(&self) -> Option<TxQueue> {
+        self.spare_buffers.close();
         self.state.lock().device.take()
     }
 
@@ -421,6 +441,7 @@ impl Tx {
             tx_in_flight: state.device.as_ref().map_or(0, |device| device.in_flight),
             tx_waiting: state.count_waiting(),
             tx_waiting_replies: state.waiting_replies(),
+            tx_spare_buffers: self.spare_buffers.len(),
             rx_is_stopped: state.parked,
             ..QueueLengths::default()
         }
@@ -683,7 +704,7 @@ impl VsockDriver {
         loop {
             let (used, completing, next) = self.turn_tx_over(&mut budget);
             self.complete(completing);
-            consume_all(used);
+            self.tx.free_used(used);
             match next {
                 Next::Later => return,
                 Next::Now => cond_resched(),
@@ -695,7 +716,7 @@ impl VsockDriver {
     }
 
     /// Takes what the device has used out of its queue and off the budget, fills that queue from what waits, and lets the receiver
-    /// go on where it has stopped and few enough answers wait. Gives what is to be freed, by [`consume_all`] and by
+    /// go on where it has stopped and few enough answers wait. Gives what is to be freed, by [`Tx::free_used`] and by
     /// [`Self::complete`]. Sleeps.
     fn turn_tx_over(
         self: &Arc<Self>,
@@ -757,7 +778,7 @@ impl VsockDriver {
     /// freeing calls back into sockets. Sleeps.
     fn complete(&self, mut completing: SkBuffQueue<Outgoing>) {
         while !completing.is_empty() {
-            consume_all(completing);
+            self.tx.free_used(completing);
             completing = self.tx.state.lock().go_on_completing();
         }
     }

@@ -11,15 +11,19 @@ use vsock_device::packet::{TYPE_SEQPACKET, TYPE_STREAM};
 use vsock_device::{Op, Packet};
 
 use super::lifecycle::UNBIND;
+use super::stream::exchange_over_the_bridge;
 use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, CID_ANY, GUEST_CID, LIMIT, PORT,
     SEQPACKET, STREAM,
 };
-use crate::machine::DEFAULT_RING;
+use crate::machine::{Hardware, DEFAULT_RING};
 use crate::sockets::{HowFar, ESTABLISHED, LISTEN};
 use crate::Driver;
 
 const HOST_CID: u32 = vsock_device::HOST_CID as u32;
+
+/// How many buffers of packets to the device are kept at most, by Documentation/data-path.md: 512 KiB of 64 KiB each.
+const SPARE_TX_BUFFERS: i64 = 8;
 
 /// Ports of the host of connections that test packets one by one.
 const KEPT_PORT: u32 = 5000;
@@ -318,6 +322,14 @@ fn wait_lengths(guest: &Guest, should: &[(&str, i64)]) -> Result<()> {
     waited.with_context(|| format!("the lengths are {is:?} instead of {should:?}"))
 }
 
+/// That queues have lengths now.
+fn expect_lengths(guest: &Guest, should: &[(&str, i64)]) -> Result<()> {
+    for (name, length) in should {
+        expect_eq(name, guest.queue_length(name)?, *length)?;
+    }
+    Ok(())
+}
+
 /// How much waits, while the device takes no packets and afterwards.
 pub fn queue_lengths(lab: &Lab) -> Result<()> {
     const EVENT_BUFFERS: i64 = 8;
@@ -358,6 +370,40 @@ pub fn queue_lengths(lab: &Lab) -> Result<()> {
     guest.sh(UNBIND)?;
     wait_lengths(&guest, &empty)?;
     wait_lengths(&guest, &[("event_buffers", 0), ("rx_buffers", 0)])
+}
+
+/// Buffers are used again within bounds, and none is kept without a device, or where freed memory is to be wiped.
+pub fn spare_buffers(lab: &Lab) -> Result<()> {
+    let none = [("rx_spare_buffers", 0), ("tx_spare_buffers", 0)];
+    let guest = lab.guest()?;
+    expect_lengths(&guest, &none)?;
+    // More than once, so that what comes has gone through buffers of before.
+    for _ in 0..3 {
+        exchange_over_the_bridge(&guest)?;
+    }
+    for (name, most) in [
+        ("rx_spare_buffers", i64::from(DEFAULT_RING) / 2),
+        ("tx_spare_buffers", SPARE_TX_BUFFERS),
+    ] {
+        // Those that the device has used last are freed by work.
+        let mut kept = 0;
+        wait_for(name, || {
+            kept = guest.queue_length(name)?;
+            Ok(kept > 0)
+        })?;
+        ensure!(kept <= most, "{name} is {kept}, of {most} at most");
+    }
+    guest.sh(UNBIND)?;
+    expect_lengths(&guest, &none)?;
+    lab.end_machines()?;
+    drop(guest);
+
+    let guest = lab.guest_on(&Hardware {
+        kernel_parameters: "init_on_free=1",
+        ..Hardware::default()
+    })?;
+    exchange_over_the_bridge(&guest)?;
+    expect_lengths(&guest, &none)
 }
 
 /// A vsockmon device captures packets in both directions, in the format of its header.
