@@ -38,6 +38,7 @@ migrations:
 
 bench:
 	@scripts/harness bench
+	@scripts/harness bench-instructions
 
 fuzz:
 	@scripts/fuzz $(SECONDS)
@@ -70,7 +71,7 @@ help:
 	@echo 'make test-vmtest  upstream'\''s vmtest.sh on a nested host, with this driver and with the C driver; TESTS as above'
 	@echo 'make migrations   the tests of migrations at full length: MIGRATIONS=$(MIGRATIONS) between devices with the'
 	@echo '                  checkpoint extension, LIVE_MIGRATIONS=$(LIVE_MIGRATIONS) between two QEMUs with vhost-vsock'
-	@echo 'make bench        this driver and the C driver side by side'
+	@echo 'make bench        this driver and the C driver side by side: throughput, and what the guest executes for it'
 	@echo 'make fuzz         the fuzz targets of the protocol, SECONDS=60 for each'
 	@echo 'make check        formats, lints, links'
 	@echo 'make install      install the module for KDIR'\''s kernel (INSTALL_MOD_PATH=folder for below a folder)'

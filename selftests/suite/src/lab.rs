@@ -178,6 +178,18 @@ impl<'a> Lab<'a> {
         Ok(guest)
     }
 
+    /// Boots a guest with the driver under test and upstream's programs, whose clock counts instructions.
+    pub fn guest_that_counts_instructions(&self) -> Result<Guest> {
+        let hardware = Hardware {
+            counts_instructions: true,
+            ..Hardware::default()
+        };
+        self.boot(GUEST_CID, &hardware, |initramfs| {
+            initramfs.driver(self.driver)?;
+            initramfs.upstream_programs()
+        })
+    }
+
     /// Boots a guest with the driver under test on special hardware.
     pub fn guest_on(&self, hardware: &Hardware) -> Result<Guest> {
         self.boot(GUEST_CID, hardware, |initramfs| {

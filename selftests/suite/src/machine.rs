@@ -218,6 +218,8 @@ pub struct Hardware {
     pub disk: Option<&'static str>,
     /// A cable to another machine of the test, besides the sockets.
     pub network: Option<Plug>,
+    /// Whether its clock counts the instructions that it executes, a nanosecond each. It has one processor then.
+    pub counts_instructions: bool,
 }
 
 /// An end of the cable between two machines: a Unix socket in the test's folder. The machine with `First` is booted first.
@@ -251,6 +253,7 @@ impl Default for Hardware {
             agent_on_serial_port: false,
             disk: None,
             network: None,
+            counts_instructions: false,
         }
     }
 }
@@ -351,7 +354,10 @@ impl Machine {
             Kind::NestedHost { .. } => Hardware::default(),
         };
         let mut parameters = format!("console=ttyS0 panic=-1 {}", hardware.kernel_parameters);
-        if matches!(kind, Kind::NestedHost { .. }) || env.accelerator.starts_with("tcg") {
+        if hardware.counts_instructions {
+            // The TSC counts instructions, too.
+            parameters += " tsc_early_khz=1000000";
+        } else if matches!(kind, Kind::NestedHost { .. }) || env.accelerator.starts_with("tcg") {
             parameters += &clock_parameter(hardware.bus == Bus::Mmio);
         }
         if hardware.agent_on_serial_port {
@@ -536,16 +542,15 @@ fn add_kind(qemu: &mut Command, env: &Env, kind: &Kind) {
             }
             // A kernel that reads its memory from a disk has it twice meanwhile.
             let memory = if hardware.disk.is_some() { 1024 } else { 512 };
-            qemu.args([
-                "-accel",
-                &env.accelerator,
-                "-cpu",
-                "max",
-                "-smp",
-                "2",
-                "-m",
-                &memory.to_string(),
-            ]);
+            let (accelerator, processors) = match hardware.counts_instructions {
+                true => ("tcg,thread=single", "1"),
+                false => (env.accelerator.as_str(), "2"),
+            };
+            qemu.args(["-accel", accelerator, "-cpu", "max", "-smp", processors]);
+            if hardware.counts_instructions {
+                qemu.args(["-icount", "shift=0"]);
+            }
+            qemu.args(["-m", &memory.to_string()]);
             qemu.arg("-object").arg(format!(
                 "memory-backend-memfd,id=memory,size={memory}M,share=on"
             ));

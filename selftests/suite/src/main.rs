@@ -21,10 +21,12 @@ mod agent;
 mod demo;
 mod host_tier;
 mod initramfs;
+mod instructions;
 mod lab;
 mod machine;
 #[path = "../../guest/src/pattern.rs"]
 mod pattern;
+mod perf;
 mod qmp;
 mod runner;
 mod sockets;
@@ -118,6 +120,8 @@ enum Command {
         #[arg(long, default_value_t = 3)]
         runs: u32,
     },
+    /// Compares how many instructions a guest executes for its transfers with this driver and with the C driver
+    BenchInstructions,
     /// Measures updates of the CIDs of up to 10,000 connections
     BenchUpdates {
         /// How many times to update so many
@@ -241,6 +245,11 @@ fn carry_out(arguments: Arguments) -> Result<bool> {
         Command::Bench { runs } => {
             let table = host_tier::bench(&env, runs, &mut |progress| eprintln!("  {progress}"))?;
             println!("{table}");
+            true
+        }
+        Command::BenchInstructions => {
+            let counts = instructions::bench(&env, &mut |progress| eprintln!("  {progress}"))?;
+            println!("{counts}");
             true
         }
         Command::BenchUpdates { runs } => {

@@ -4,22 +4,19 @@
 //! that differ in the driver, in turn, so that whatever else the machine does meets both.
 
 use std::fmt;
-use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 
 use super::nested::{GuestSpec, NestedGuest, NestedHost};
-use crate::agent::{sh_ok, Agent};
+use crate::agent::Agent;
 use crate::machine::Env;
+use crate::perf::{self, Receiver, Report};
 use crate::Driver;
 
-/// How long one transfer may take. It takes a few seconds.
-const TRANSFER_LIMIT: Duration = Duration::from_secs(300);
-
 const BYTES: u64 = 128 << 20;
-const BUFFER: &str = "64K";
-const SOCKET_BUFFER: &str = "4M";
-const PORT: u32 = 5555;
+/// Length of each send() and recv().
+const CALL: u64 = 64 << 10;
+const SOCKET_BUFFER: u64 = 4 << 20;
 const HOST_CID: u32 = 2;
 
 /// Which way the bytes go.
@@ -158,49 +155,18 @@ fn transfer(host: &Agent, guest: &mut NestedGuest, direction: Direction) -> Resu
         Direction::HostToGuest => (&guest.agent, host, guest.spec.cid),
         Direction::GuestToHost => (host, &guest.agent, HOST_CID),
     };
-    let limit = TRANSFER_LIMIT.as_secs();
-    let answer_limit = TRANSFER_LIMIT + Duration::from_secs(60);
-    let receive = format!(
-        "rm -f /tmp/receiver.*
-        (timeout -s KILL {limit} vsock_perf --port {PORT} --buf-size {BUFFER} --vsk-size {SOCKET_BUFFER} \
-            >/tmp/receiver.output 2>&1; echo $? >/tmp/receiver.status) </dev/null >/dev/null 2>&1 &"
-    );
-    // Nothing tells when vsock_perf listens; until then, connect() is refused.
-    let send = format!(
-        "send() {{
-            vsock_perf --sender {receiver_cid} --port {PORT} --bytes {BYTES} --buf-size {BUFFER} >/tmp/sender.output 2>&1
-        }}
-        end=$(($(date +%s) + {limit}))
-        until send; do
-            grep -q '^connect: ' /tmp/sender.output && [ $(date +%s) -lt $end ] || {{ cat /tmp/sender.output; exit 1; }}
-            sleep 0.1
-        done"
-    );
-    let await_receiver = "until [ -e /tmp/receiver.status ]; do sleep 0.1; done
-        cat /tmp/receiver.output
-        exit $(cat /tmp/receiver.status)";
-    sh_ok(receiver, &receive, answer_limit).context("starting the receiver")?;
-    sh_ok(sender, &send, answer_limit).context("sending")?;
-    let said = sh_ok(receiver, await_receiver, answer_limit).context("receiving")?;
-    parse_rate(&said)
+    let receiver = Receiver::start(receiver, CALL, SOCKET_BUFFER)?;
+    perf::send(sender, receiver_cid, BYTES, CALL)?;
+    rate_of_whole(&receiver.wait()?)
 }
 
-/// Reads what the receiver printed.
-fn parse_rate(output: &str) -> Result<f64> {
-    let field = |name: &str| {
-        output
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.split_whitespace().next())
-            .with_context(|| format!("vsock_perf printed no {name:?}: {output}"))
-    };
-    let received: u64 = field("total bytes received:")?
-        .parse()
-        .context("total bytes received")?;
-    // The receiver ends as soon as it hears of the sender's shutdown, even when there is more to read.
+/// The rate of a transfer of [`BYTES`].
+fn rate_of_whole(report: &Report) -> Result<f64> {
+    let received = report.received()?;
     if received < BYTES / 10 * 9 {
         bail!("only {received} of {BYTES} bytes were received");
     }
-    field("rx performance:")?.parse().context("rx performance")
+    report.rate()
 }
 
 #[cfg(test)]
@@ -235,11 +201,12 @@ mod tests {
 
     #[test]
     fn a_transfer_cut_short_has_no_rate() {
+        let rate = |said: &str| rate_of_whole(&Report(said.to_owned()));
         let said = |bytes: u64| {
             format!("Run as receiver\ntotal bytes received: {bytes}\nrx performance: 0.480000 Gbits/s\n")
         };
-        assert_eq!(parse_rate(&said(BYTES)).unwrap(), 0.48);
-        assert!(parse_rate(&said(BYTES / 2)).is_err());
-        assert!(parse_rate("accept: Connection reset by peer").is_err());
+        assert_eq!(rate(&said(BYTES)).unwrap(), 0.48);
+        assert!(rate(&said(BYTES / 2)).is_err());
+        assert!(rate("accept: Connection reset by peer").is_err());
     }
 }
