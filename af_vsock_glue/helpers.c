@@ -210,6 +210,12 @@ unsigned int vsock_glue_page_sized(void)
 	return SKB_WITH_OVERHEAD(4096);
 }
 
+/* Memory of such a buffer as it is charged to sockets. */
+unsigned int vsock_glue_page_truesize(void)
+{
+	return SKB_TRUESIZE(vsock_glue_page_sized());
+}
+
 unsigned int vsock_glue_tailroom(const struct sk_buff *skb)
 {
 	return skb_tailroom(skb);
@@ -250,14 +256,21 @@ void vsock_glue_recycle_received(struct sk_buff *skb)
 	skb->truesize = SKB_TRUESIZE(skb_end_offset(skb));
 }
 
+/* As many fragments as vsock_glue_alloc_with_frags() makes where memory is not in pieces. */
+static unsigned int usual_frags(unsigned int data)
+{
+	return DIV_ROUND_UP(data, PAGE_SIZE << PAGE_ALLOC_COSTLY_ORDER) + PAGE_ALLOC_COSTLY_ORDER;
+}
+
 /*
  * Makes a buffer to the device what vsock_glue_alloc_linear() or
  * vsock_glue_alloc_with_frags() made. Fails for one whose pages, or the completion that
- * it has, are a program's, and for one segment without room for more than so much.
+ * it has, are a program's, and for one that was made when memory was short or in pieces.
  */
-bool vsock_glue_recycle_sent(struct sk_buff *skb, unsigned int too_small)
+bool vsock_glue_recycle_sent(struct sk_buff *skb)
 {
-	if (skb_zcopy(skb) || (!skb->data_len && skb_end_offset(skb) <= too_small))
+	if (skb_zcopy(skb) || skb_pfmemalloc(skb) ||
+	    skb_shinfo(skb)->nr_frags > usual_frags(skb->data_len))
 		return false;
 	skb_orphan(skb);
 	skb->data = skb->head;
@@ -266,10 +279,24 @@ bool vsock_glue_recycle_sent(struct sk_buff *skb, unsigned int too_small)
 	return true;
 }
 
-/* Whether the administrator wants memory to be wiped as soon as nobody needs it. */
+/*
+ * Whether a buffer of which that has made what it was is what would be made for so many
+ * bytes: vsock_glue_alloc_with_frags() if data is not 0, else vsock_glue_alloc_linear().
+ */
+bool vsock_glue_is_made_for(const struct sk_buff *skb, unsigned int linear, unsigned int data)
+{
+	if (skb->data_len != data)
+		return false;
+	if (data)
+		return linear <= skb_end_offset(skb);
+	return skb_end_offset(skb) ==
+	       SKB_WITH_OVERHEAD(kmalloc_size_roundup(SKB_HEAD_ALIGN(linear)));
+}
+
+/* Whether the administrator wants memory to be written over as soon as nobody needs it. */
 bool vsock_glue_wipes_freed_memory(void)
 {
-	return want_init_on_free();
+	return want_init_on_free() || page_poisoning_enabled_static();
 }
 
 void vsock_glue_zcopy_set(struct sk_buff *skb, struct ubuf_info *uarg)

@@ -52,8 +52,8 @@ impl Control for () {
     type Direction = FromDevice;
 }
 
-/// A buffer that had a packet to the device, and has room for another one.
-pub(crate) struct Blank;
+/// A buffer that had a packet to the device, and has none now: [`SkBuff::recycle_sent`] alone makes it.
+pub(crate) struct Blank(());
 
 impl Control for Blank {
     type Direction = ToDevice;
@@ -210,12 +210,10 @@ impl<C: Control> SkBuff<C> {
 }
 
 impl SkBuff<Blank> {
-    /// Returns it where it is what is made for `linear` bytes in one segment and `pages` bytes in others, or not much larger;
-    /// otherwise frees it.
-    fn if_fits(self, linear: usize, pages: usize) -> Option<Self> {
-        let room = self.tailroom();
-        // In one with fragments these are its length, and there is no tailroom.
-        if self.len() == pages && (pages > 0 || (linear <= room && room / 2 <= linear)) {
+    /// Returns it where it is what would be made for `linear` bytes in one segment and `pages` bytes in others; frees it otherwise.
+    fn if_made_for(self, linear: u32, pages: u32) -> Option<Self> {
+        // SAFETY: The buffer is valid.
+        if unsafe { bindings::vsock_glue_is_made_for(self.as_raw(), linear, pages) } {
             return Some(self);
         }
         self.consume();
@@ -254,13 +252,13 @@ impl<C: Control<Direction = ToDevice>> SkBuff<C> {
             Payload::Copy(_, len, _) => (0, *len),
             Payload::None | Payload::Pages(..) => (0, 0),
         };
-        let linear = header.len() + in_buffer;
+        let linear = u32::try_from(header.len() + in_buffer)?;
+        let pages = u32::try_from(in_pages)?;
         let blank = match &mut payload {
             Payload::Copy(_, _, blank) => blank.take(),
             Payload::None | Payload::Pages(..) => None,
         };
-        let blank = blank.and_then(|blank| blank.if_fits(linear, in_pages));
-        let (linear, pages) = (u32::try_from(linear)?, u32::try_from(in_pages)?);
+        let blank = blank.and_then(|blank| blank.if_made_for(linear, pages));
         let skb = match blank {
             Some(blank) => blank.into_raw(),
             // SAFETY: No preconditions.
@@ -338,12 +336,12 @@ impl<C: Control<Direction = ToDevice>> SkBuff<C> {
     }
 
     /// Takes the packet out of its buffer, which is charged to no socket any more; its memory stays as it is. The buffer is freed,
-    /// as [`consume`](Self::consume) does it, where it has pages or a completion of a program's, or is one segment of `too_small`
-    /// bytes or fewer.
-    pub(crate) fn recycle_sent(self, too_small: u32) -> Option<SkBuff<Blank>> {
-        let this = self.with_control(Blank);
+    /// as [`consume`](Self::consume) does it, where it has pages or a completion of a program's, or was made when memory was short
+    /// or in pieces.
+    pub(crate) fn recycle_sent(self) -> Option<SkBuff<Blank>> {
+        let this = self.with_control(Blank(()));
         // SAFETY: The buffer is valid and nobody else's.
-        match unsafe { bindings::vsock_glue_recycle_sent(this.as_raw(), too_small) } {
+        match unsafe { bindings::vsock_glue_recycle_sent(this.as_raw()) } {
             true => Some(this),
             false => {
                 this.consume();
@@ -409,6 +407,12 @@ impl<C: Control<Direction = FromDevice>> SkBuff<C> {
     pub(crate) fn page_sized(control: C) -> Result<Self, AllocError> {
         // SAFETY: No preconditions.
         Self::empty(unsafe { bindings::vsock_glue_page_sized() }, control)
+    }
+
+    /// Memory of such a buffer with all of its bookkeeping, in bytes.
+    pub(crate) fn page_truesize() -> usize {
+        // SAFETY: No preconditions.
+        unsafe { bindings::vsock_glue_page_truesize() as usize }
     }
 
     /// Makes an empty buffer with room for `size` bytes. May sleep.
@@ -523,7 +527,7 @@ impl<C> Drop for SkBuff<C> {
     }
 }
 
-/// Whether the kernel is told to wipe memory when it is freed (`init_on_free=1`).
+/// Whether the kernel is told to write over memory when it is freed (`init_on_free=1`, `page_poison=1`).
 pub(crate) fn wipes_freed_memory() -> bool {
     // SAFETY: No preconditions.
     unsafe { bindings::vsock_glue_wipes_freed_memory() }

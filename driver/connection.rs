@@ -772,7 +772,6 @@ impl Connection {
         mut copy: impl FnMut(&SkBuff<Received>, usize, usize) -> Result,
     ) -> Result<usize> {
         let mut packets = self.borrow_queue();
-        let mut emptied = SkBuffQueue::new();
         let mut result = Ok(());
         let mut copied = 0;
         let mut freed = 0;
@@ -793,11 +792,10 @@ impl Connection {
             } else {
                 freed += packet.len();
                 freed_truesize += packet.truesize();
-                emptied.push_back(packet.recycle_received());
+                spare_buffers.put(packet.recycle_received());
             }
         }
         self.return_queue(packets, copied, freed, freed_truesize, 0);
-        spare_buffers.put(emptied);
         if copied > 0 {
             return Ok(copied);
         }
@@ -856,7 +854,6 @@ impl Connection {
             return Ok(None);
         }
         let mut packets = self.borrow_queue();
-        let mut emptied = SkBuffQueue::new();
         let mut message = ReadMessage::default();
         let mut result = Ok(());
         let mut freed_truesize = 0;
@@ -874,7 +871,7 @@ impl Connection {
                 packets.push_front(packet);
             } else {
                 freed_truesize += packet.truesize();
-                emptied.push_back(packet.recycle_received());
+                spare_buffers.put(packet.recycle_received());
             }
             if let Some(end) = end {
                 message.ends_record = end.ends_record;
@@ -882,7 +879,6 @@ impl Connection {
             }
         }
         self.return_queue(packets, message.len, message.len, freed_truesize, 1);
-        spare_buffers.put(emptied);
         result.map(|()| Some(message))
     }
 

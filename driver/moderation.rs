@@ -32,7 +32,7 @@ const NO_TASK: i32 = -1;
 
 /// Payload of more bytes is no small packet: what it takes to notify the device is little beside it, and a batch of such would
 /// be most of what the peer has room for.
-pub(super) const LONGEST_SMALL_PAYLOAD: u32 = 1024;
+pub(super) const LONGEST_SMALL_PAYLOAD: usize = 1024;
 
 /// For how long after its last packet a task counts as the sender, in milliseconds: then it does something else.
 const SENDER_TIMEOUT_MS: u32 = 10;
@@ -87,7 +87,7 @@ impl Moderation {
     /// Notes that the current task sends so many bytes of payload. Whether these had better wait, because work does that
     /// waits for this task.
     pub(super) fn note_payload(&self, len: usize) -> bool {
-        if len > LONGEST_SMALL_PAYLOAD as usize || current_is_realtime() {
+        if len > LONGEST_SMALL_PAYLOAD || current_is_realtime() {
             return false;
         }
         let now = jiffies();

@@ -209,7 +209,7 @@ impl VsockDriver {
                 packet => return packet,
             }
         }
-        let buffer = self.tx.spare_buffer(len);
+        let buffer = self.tx.spare_buffer(len as usize);
         make(
             Payload::Copy(message, len as usize, buffer),
             zero_copy.as_mut(),

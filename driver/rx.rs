@@ -38,9 +38,6 @@ use kernel::{
 /// How many packets one run of the work item takes, so that others get the lock, and the CPU when it is their turn.
 const BUDGET: u32 = 256;
 
-/// Memory of a receive buffer, in bytes, but for its bookkeeping.
-const BUFFER_SIZE: usize = 4096;
-
 /// How many buffers the device has at most, however large its ring is: 2 MiB of memory.
 const MAX_RX_BUFFERS: u32 = 512;
 
@@ -82,8 +79,9 @@ impl RxQueue {
             has_updates,
         };
         // As many as the device is given at a time.
+        let most = this.wanted() as usize / 2;
         this.spare_buffers
-            .open(this.wanted() as usize / 2 * BUFFER_SIZE);
+            .open(most * SkBuff::<()>::page_truesize());
         this
     }
 
@@ -143,6 +141,7 @@ impl RxQueue {
 
 impl Drop for RxQueue {
     fn drop(&mut self) {
+        self.emptied.take().consume();
         self.spare_buffers.close();
     }
 }
@@ -422,7 +421,10 @@ impl VsockDriver {
                 self.send_final_reset(socket, connection, ControlPacket::reply(Op::Rst));
                 self.reset_connection(socket, &connection, &self.statistics.resets_by_new_request);
             }
-            Step::Drop => self.statistics.dropped_state.increment(),
+            Step::Drop => {
+                self.statistics.dropped_state.increment();
+                return None;
+            }
         }
         Some(payload)
     }

@@ -74,21 +74,15 @@ impl<C: Unpin> SpareBuffers<C> {
         self.stack.lock().buffers.len()
     }
 
-    /// Keeps buffers, or frees them where there are enough.
-    pub(crate) fn put(&self, mut buffers: SkBuffQueue<C>) {
-        if buffers.is_empty() {
-            return;
+    /// Keeps a buffer, or frees it where there are enough.
+    pub(crate) fn put(&self, buffer: SkBuff<C>) {
+        let mut stack = self.stack.lock();
+        if stack.size < stack.capacity {
+            stack.push(buffer);
+        } else {
+            drop(stack);
+            buffer.consume();
         }
-        {
-            let mut stack = self.stack.lock();
-            while stack.size < stack.capacity {
-                let Some(buffer) = buffers.pop_front() else {
-                    break;
-                };
-                stack.push(buffer);
-            }
-        }
-        buffers.consume();
     }
 
     /// Adds buffers to `to` until that has `len`, or none are left.

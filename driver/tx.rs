@@ -399,19 +399,21 @@ impl Tx {
 
     /// A buffer of a packet of before for the next one, whose payload it may be too small or too large for. Small packets have
     /// none: they would take what is for others, and gain little.
-    pub(crate) fn spare_buffer(&self, payload_len: u32) -> Option<SkBuff<Blank>> {
+    pub(crate) fn spare_buffer(&self, payload_len: usize) -> Option<SkBuff<Blank>> {
         (payload_len > LONGEST_SMALL_PAYLOAD).then(|| self.spare_buffers.take_one())?
     }
 
     /// Frees packets that the device has used, but for buffers that are kept for the next ones. No lock may be held: this calls
     /// back into sockets. Sleeps.
     fn free_used(&self, mut packets: SkBuffQueue<Outgoing>) {
-        let mut spare = SkBuffQueue::new();
         while let Some(packet) = packets.pop_front() {
-            spare.extend(packet.recycle_sent(LONGEST_SMALL_PAYLOAD));
+            if packet.control().payload_len() <= LONGEST_SMALL_PAYLOAD {
+                packet.consume();
+            } else if let Some(buffer) = packet.recycle_sent() {
+                self.spare_buffers.put(buffer);
+            }
             cond_resched();
         }
-        self.spare_buffers.put(spare);
     }
 
     /// Whether packets may be in as many pieces as the caller's pages are.
