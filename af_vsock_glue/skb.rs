@@ -163,17 +163,6 @@ impl<C> SkBuff<C> {
         unsafe { bindings::vsock_glue_tailroom(self.as_raw()) as usize }
     }
 
-    /// A copy of the first `N` bytes, read once; `None` where there are fewer.
-    pub(crate) fn copy_front<const N: usize>(&self) -> Option<[u8; N]> {
-        let mut front = [0; N];
-        // SAFETY: `front` has room for `N` bytes; the function checks that the buffer has so many.
-        to_result(unsafe {
-            bindings::skb_copy_bits(self.as_raw(), 0, front.as_mut_ptr().cast(), N as c_int)
-        })
-        .ok()?;
-        Some(front)
-    }
-
     /// Copies as much of the data as fits into `to` and returns that.
     pub(crate) fn copy_into<'a>(&self, to: &'a mut [u8]) -> &'a [u8] {
         let len = self.len().min(to.len());
@@ -444,6 +433,30 @@ impl<C: Control<Direction = FromDevice>> SkBuff<C> {
         // SAFETY: There is room.
         unsafe { bindings::skb_put(self.as_raw(), len as u32) };
         true
+    }
+
+    /// The first `N` bytes, read once, and zeroed where they were; `None` where there are fewer.
+    ///
+    /// Before that a byte of each page of the data is written, to what it is: a hypervisor that copies the guest's memory to
+    /// another host learns from that that the pages have changed, which it may not have from the device.
+    pub(crate) fn take_front<const N: usize>(&mut self) -> Option<[u8; N]> {
+        const PAGE: usize = 4096;
+        let len = self.len();
+        if N == 0 || len < N {
+            return None;
+        }
+        // SAFETY: The buffer has `len` bytes of data, all of it linear by the type invariant. The device may write there at any time,
+        // so there are no references to it.
+        unsafe {
+            let data = (*self.as_raw()).data;
+            for at in Iterator::chain((0..len).step_by(PAGE), [len - 1]) {
+                let byte = data.add(at);
+                byte.write_volatile(byte.read_volatile());
+            }
+            let front = data.cast::<[u8; N]>().read_volatile();
+            data.write_bytes(0, N);
+            Some(front)
+        }
     }
 
     /// Cuts `len` bytes off the front, at most all of them.

@@ -239,7 +239,8 @@ impl VsockDriver {
     /// Takes a packet apart and finds the socket that it is for. Returns the buffer where its packet was received and nobody
     /// needs it any more. Needs the rx mutex; sleeps, and takes the socket's lock.
     fn receive(self: &Arc<Self>, mut packet: SkBuff<()>) -> Option<SkBuff<()>> {
-        let Some(raw_header) = packet.copy_front::<HEADER_LEN>() else {
+        // What is left there is no header, should the device say that it has written another packet where it has not.
+        let Some(raw_header) = packet.take_front::<HEADER_LEN>() else {
             self.statistics.dropped_short.increment();
             return None;
         };

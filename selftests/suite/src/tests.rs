@@ -108,7 +108,7 @@ tests! {
         hotplug, two_devices, suspend;
     upstream: vsock_test, vsock_diag_test, vsock_uring_test;
     observe: counters, queue_lengths, spare_buffers, vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics, sockmap;
-    hostile: malformed_packets, unknown_packets, wrong_cids, forged_completions, bad_events, bad_cid, tx_not_consumed,
+    hostile: malformed_packets, unwritten_packets, unknown_packets, wrong_cids, forged_completions, bad_events, bad_cid, tx_not_consumed,
         reply_flood, credit_request_flood;
 }
 

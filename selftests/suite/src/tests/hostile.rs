@@ -65,6 +65,31 @@ pub fn malformed_packets(lab: &Lab) -> Result<()> {
     expect_alive(&guest, listener)
 }
 
+/// Where the device says that it has written a packet, and the memory does not have it, nothing of an older packet is received
+/// once more.
+pub fn unwritten_packets(lab: &Lab) -> Result<()> {
+    let ring = usize::from(DEFAULT_RING);
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    peer.send(Op::REQUEST);
+    peer.expect(Op::RESPONSE)?;
+    let fd = guest.accept(listener)?;
+    // All buffers have had a packet.
+    for _ in 0..3 * ring {
+        peer.send_payload(b"old");
+        expect_eq("recv()", guest.recv(fd, 99)?, "old".to_owned())?;
+    }
+    let packet = peer.packet(Op::RW).to_bytes().len() + b"old".len();
+    for _ in 0..2 * ring {
+        guest.device.inject_raw(Vec::new(), Some(packet as u32));
+    }
+    guest.wait_counter("dropped_cid", 2 * ring as i64)?;
+    peer.send_payload(b"new");
+    expect_eq("recv()", guest.recv(fd, 99)?, "new".to_owned())?;
+    expect_alive(&guest, listener)
+}
+
 /// Types and operations that nobody knows, and packets for connections that do not exist.
 pub fn unknown_packets(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;

@@ -10,7 +10,7 @@ use serde_json::json;
 use vsock_device::packet::{TYPE_SEQPACKET, TYPE_STREAM};
 use vsock_device::{Op, Packet};
 
-use super::lifecycle::UNBIND;
+use super::lifecycle::{BIND, UNBIND};
 use super::stream::exchange_over_the_bridge;
 use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, CID_ANY, GUEST_CID, LIMIT, PORT,
@@ -374,6 +374,9 @@ pub fn queue_lengths(lab: &Lab) -> Result<()> {
 
 /// Buffers are used again within bounds, and none is kept without a device, or where freed memory is to be wiped.
 pub fn spare_buffers(lab: &Lab) -> Result<()> {
+    /// So many packets, of so many bytes: too long to be small ones.
+    const FEW: usize = 10;
+    const LONG: usize = 2000;
     let none = [("rx_spare_buffers", 0), ("tx_spare_buffers", 0)];
     let guest = lab.guest()?;
     expect_lengths(&guest, &none)?;
@@ -381,18 +384,38 @@ pub fn spare_buffers(lab: &Lab) -> Result<()> {
     for _ in 0..3 {
         exchange_over_the_bridge(&guest)?;
     }
-    for (name, most) in [
+    let most = [
         ("rx_spare_buffers", i64::from(DEFAULT_RING) / 2),
         ("tx_spare_buffers", SPARE_TX_BUFFERS),
-    ] {
-        // Those that the device has used last are freed by work.
-        let mut kept = 0;
-        wait_for(name, || {
-            kept = guest.queue_length(name)?;
-            Ok(kept > 0)
-        })?;
+    ];
+    for (name, most) in most {
+        let kept = guest.queue_length(name)?;
         ensure!(kept <= most, "{name} is {kept}, of {most} at most");
     }
+    guest.sh(UNBIND)?;
+    expect_lengths(&guest, &none)?;
+    guest.sh(BIND)?;
+    wait_for("the CID to be back", || Ok(guest.local_cid()? == GUEST_CID))?;
+
+    // Fewer than the device has to use before it is given more.
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    peer.send(Op::REQUEST);
+    peer.expect(Op::RESPONSE)?;
+    let fd = guest.accept(listener)?;
+    for _ in 0..FEW {
+        peer.send_payload(&[b'x'; LONG]);
+    }
+    let received = guest.recv_flags(fd, FEW * LONG, libc::MSG_WAITALL);
+    expect_eq("bytes received", received?.len(), FEW * LONG)?;
+    for _ in 0..FEW {
+        guest.send(fd, &"y".repeat(LONG))?;
+        peer.find(Op::RW)?;
+    }
+    expect_lengths(&guest, &[("rx_spare_buffers", FEW as i64)])?;
+    wait_for("a buffer of a packet to the device to be kept", || {
+        Ok(guest.queue_length("tx_spare_buffers")? > 0)
+    })?;
     guest.sh(UNBIND)?;
     expect_lengths(&guest, &none)?;
     lab.end_machines()?;
