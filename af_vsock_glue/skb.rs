@@ -392,10 +392,15 @@ impl<C: Control<Direction = ToDevice>> SkBuff<C> {
 }
 
 impl<C: Control<Direction = FromDevice>> SkBuff<C> {
-    /// Makes an empty buffer that takes 4 KiB of memory with its bookkeeping. May sleep.
-    pub(crate) fn page_sized(control: C) -> Result<Self, AllocError> {
+    /// Makes an empty buffer that takes 4 KiB of memory with its bookkeeping, and whose first `N` bytes are zero until something
+    /// is written there. May sleep.
+    pub(crate) fn page_sized<const N: usize>(control: C) -> Result<Self, AllocError> {
         // SAFETY: No preconditions.
-        Self::empty(unsafe { bindings::vsock_glue_page_sized() }, control)
+        let this = Self::empty(unsafe { bindings::vsock_glue_page_sized() }, control)?;
+        let zeroed = N.min(this.tailroom());
+        // SAFETY: The buffer has no data yet, and so much room behind that.
+        unsafe { (*this.as_raw()).data.write_bytes(0, zeroed) };
+        Ok(this)
     }
 
     /// Memory of such a buffer with all of its bookkeeping, in bytes.

@@ -121,7 +121,7 @@ impl RxQueue {
         self.spare_buffers.take(&mut self.emptied, lacking);
         while self.posted < self.wanted() {
             let emptied = self.emptied.pop_front().map(Ok);
-            let Ok(buffer) = emptied.unwrap_or_else(|| SkBuff::page_sized(())) else {
+            let Ok(buffer) = emptied.unwrap_or_else(|| SkBuff::page_sized::<HEADER_LEN>(())) else {
                 break;
             };
             if self.queue.push_empty(buffer).is_err() {
@@ -239,7 +239,7 @@ impl VsockDriver {
     /// Takes a packet apart and finds the socket that it is for. Returns the buffer where its packet was received and nobody
     /// needs it any more. Needs the rx mutex; sleeps, and takes the socket's lock.
     fn receive(self: &Arc<Self>, mut packet: SkBuff<()>) -> Option<SkBuff<()>> {
-        // What is left there is no header, should the device say that it has written another packet where it has not.
+        // What is left there is no header, as in a new buffer, should the device say that it has written a packet where it has not.
         let Some(raw_header) = packet.take_front::<HEADER_LEN>() else {
             self.statistics.dropped_short.increment();
             return None;
