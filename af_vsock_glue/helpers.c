@@ -256,7 +256,7 @@ void vsock_glue_recycle_received(struct sk_buff *skb)
 	skb->truesize = SKB_TRUESIZE(skb_end_offset(skb));
 }
 
-/* As many fragments as vsock_glue_alloc_with_frags() makes where memory is not in pieces. */
+/* vsock_glue_alloc_with_frags() makes no more fragments where memory is not in pieces. */
 static unsigned int usual_frags(unsigned int data)
 {
 	return DIV_ROUND_UP(data, PAGE_SIZE << PAGE_ALLOC_COSTLY_ORDER) + PAGE_ALLOC_COSTLY_ORDER;

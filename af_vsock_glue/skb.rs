@@ -450,8 +450,8 @@ impl<C: Control<Direction = FromDevice>> SkBuff<C> {
         if N == 0 || len < N {
             return None;
         }
-        // SAFETY: The buffer has `len` bytes of data, all of it linear by the type invariant. The device may write there at any time,
-        // so there are no references to it.
+        // SAFETY: The buffer has `len` bytes of data, all of it linear and ours to write by the type invariant. A device that breaks
+        // the rules may write there, too, so there are no references to it.
         unsafe {
             let data = (*self.as_raw()).data;
             for at in Iterator::chain((0..len).step_by(PAGE), [len - 1]) {

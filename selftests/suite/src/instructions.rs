@@ -13,7 +13,7 @@ use anyhow::{anyhow, ensure, Context, Result};
 
 use crate::lab::{accept_at_host, wait_for, Guest, Lab, LIMIT};
 use crate::machine::Env;
-use crate::perf::{self, Receiver};
+use crate::perf::{self, Direction, Receiver};
 use crate::Driver;
 
 const HOST_CID: u32 = vsock_device::HOST_CID as u32;
@@ -26,43 +26,37 @@ const HOST_CALL: usize = 64 << 10;
 
 /// A transfer between the guest and the host.
 struct Transfer {
-    is_to_guest: bool,
+    direction: Direction,
     /// Length of each of the guest's calls, in bytes.
     call: u64,
     bytes: u64,
 }
 
+impl Transfer {
+    const fn new(direction: Direction, call: u64, bytes: u64) -> Self {
+        Self {
+            direction,
+            call,
+            bytes,
+        }
+    }
+}
+
 const TRANSFERS: [Transfer; 5] = [
-    to_guest(64 << 10, 256 << 20),
-    to_guest(4 << 10, 256 << 20),
-    to_host(64 << 10, 256 << 20),
-    to_host(4 << 10, 64 << 20),
-    to_host(128, 8 << 20),
+    Transfer::new(Direction::HostToGuest, 64 << 10, 256 << 20),
+    Transfer::new(Direction::HostToGuest, 4 << 10, 256 << 20),
+    Transfer::new(Direction::GuestToHost, 64 << 10, 256 << 20),
+    Transfer::new(Direction::GuestToHost, 4 << 10, 64 << 20),
+    Transfer::new(Direction::GuestToHost, 128, 8 << 20),
 ];
-
-const fn to_guest(call: u64, bytes: u64) -> Transfer {
-    Transfer {
-        is_to_guest: true,
-        call,
-        bytes,
-    }
-}
-
-const fn to_host(call: u64, bytes: u64) -> Transfer {
-    Transfer {
-        is_to_guest: false,
-        call,
-        bytes,
-    }
-}
 
 impl fmt::Display for Transfer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (direction, call) = match self.is_to_guest {
-            true => ("host to guest", "recv()"),
-            false => ("guest to host", "send()"),
+        let call = match self.direction {
+            Direction::HostToGuest => "recv()",
+            Direction::GuestToHost => "send()",
         };
-        f.pad(&format!("{direction}, {call} of {}", self.call))
+        f.pad(&format!("{}, {call} of {}", self.direction, self.call))
     }
 }
 
@@ -121,9 +115,9 @@ fn executed(guest: &Guest) -> Result<f64> {
 
 /// Returns how many bytes were received.
 fn carry_out(guest: &Guest, transfer: &Transfer) -> Result<u64> {
-    match transfer.is_to_guest {
-        true => send_to_guest(guest, transfer),
-        false => receive_from_guest(guest, transfer),
+    match transfer.direction {
+        Direction::HostToGuest => send_to_guest(guest, transfer),
+        Direction::GuestToHost => receive_from_guest(guest, transfer),
     }
 }
 

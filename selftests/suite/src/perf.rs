@@ -2,6 +2,7 @@
 
 //! Upstream's `vsock_perf`, which sends or receives as fast as it can.
 
+use std::fmt;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -9,13 +10,29 @@ use anyhow::{Context, Result};
 use crate::agent::{sh_ok, Agent};
 
 /// How long one transfer may take. It takes a few seconds.
-pub const TRANSFER_LIMIT: Duration = Duration::from_secs(300);
+const TRANSFER_LIMIT: Duration = Duration::from_secs(300);
 
 /// How long the agent may take to say that a transfer has ended.
-const ANSWER_LIMIT: Duration = Duration::from_secs(360);
+const ANSWER_LIMIT: Duration = Duration::from_secs(TRANSFER_LIMIT.as_secs() + 60);
 
 /// The port that the receiver listens at.
 pub const PORT: u32 = 5555;
+
+/// Which way the bytes go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    HostToGuest,
+    GuestToHost,
+}
+
+impl fmt::Display for Direction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Direction::HostToGuest => "host to guest",
+            Direction::GuestToHost => "guest to host",
+        })
+    }
+}
 
 /// A receiver that was started on a machine.
 pub struct Receiver<'a>(&'a Agent);

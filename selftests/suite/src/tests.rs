@@ -107,9 +107,10 @@ tests! {
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
         hotplug, two_devices, suspend;
     upstream: vsock_test, vsock_diag_test, vsock_uring_test;
-    observe: counters, queue_lengths, spare_buffers, vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics, sockmap;
-    hostile: malformed_packets, unwritten_packets, unknown_packets, wrong_cids, forged_completions, bad_events, bad_cid, tx_not_consumed,
-        reply_flood, credit_request_flood;
+    observe: counters, queue_lengths, spare_buffers, vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics,
+        sockmap;
+    hostile: malformed_packets, unwritten_packets, unknown_packets, wrong_cids, forged_completions, bad_events, bad_cid,
+        tx_not_consumed, reply_flood, credit_request_flood;
 }
 
 tests_on_packed_rings! {

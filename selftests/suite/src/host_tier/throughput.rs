@@ -10,7 +10,7 @@ use anyhow::{bail, Context, Result};
 use super::nested::{GuestSpec, NestedGuest, NestedHost};
 use crate::agent::Agent;
 use crate::machine::Env;
-use crate::perf::{self, Receiver, Report};
+use crate::perf::{self, Direction, Receiver, Report};
 use crate::Driver;
 
 const BYTES: u64 = 128 << 20;
@@ -18,22 +18,6 @@ const BYTES: u64 = 128 << 20;
 const CALL: u64 = 64 << 10;
 const SOCKET_BUFFER: u64 = 4 << 20;
 const HOST_CID: u32 = 2;
-
-/// Which way the bytes go.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Direction {
-    HostToGuest,
-    GuestToHost,
-}
-
-impl fmt::Display for Direction {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.pad(match self {
-            Direction::HostToGuest => "host to guest",
-            Direction::GuestToHost => "guest to host",
-        })
-    }
-}
 
 /// One transfer, as its receiver measured it.
 #[derive(Clone, Copy, Debug)]
