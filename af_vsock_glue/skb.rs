@@ -10,11 +10,13 @@ use super::{
     socket::Socket,
 };
 use core::{
+    iter,
     marker::PhantomData,
     mem::ManuallyDrop,
     ops::{ControlFlow, Deref},
     ptr,
-    ptr::NonNull, //
+    ptr::NonNull,
+    sync::atomic::{compiler_fence, Ordering}, //
 };
 use kernel::{alloc::AllocError, error::to_result, ffi::c_int, prelude::*};
 
@@ -418,8 +420,8 @@ impl<C: Control<Direction = FromDevice>> SkBuff<C> {
         Ok(unsafe { Self::new(skb, control) })
     }
 
-    /// Makes it as empty as a new one, charged to no socket. What was in its memory stays there: the device wrote that. Needs the
-    /// lock of the socket that it is charged to, where it is.
+    /// Makes it as empty as a new one, charged to no socket. What was in its memory stays there, but for what was taken off the
+    /// front: the device wrote that. Needs the lock of the socket that it is charged to, where it is.
     pub(crate) fn recycle_received(self) -> SkBuff<()> {
         let this = self.with_control(());
         // SAFETY: The buffer is linear and nobody else has a part of it, by the type invariants; the socket that it is charged to
@@ -440,28 +442,36 @@ impl<C: Control<Direction = FromDevice>> SkBuff<C> {
         true
     }
 
-    /// The first `N` bytes, read once, and zeroed where they were; `None` where there are fewer.
+    /// The first `N` bytes, at least one, read once, and zeroed where they were; `None` where there are fewer.
     ///
     /// Before that a byte of each page of the data is written, to what it is: a hypervisor that copies the guest's memory to
     /// another host learns from that that the pages have changed, which it may not have from the device.
     pub(crate) fn take_front<const N: usize>(&mut self) -> Option<[u8; N]> {
+        // The smallest pages that are copied; larger ones have changed with any of them.
         const PAGE: usize = 4096;
+        const { assert!(N > 0) };
         let len = self.len();
-        if N == 0 || len < N {
+        if len < N {
             return None;
         }
-        // SAFETY: The buffer has `len` bytes of data, all of it linear and ours to write by the type invariant. A device that breaks
-        // the rules may write there, too, so there are no references to it.
+        let mut front = [0; N];
+        // SAFETY: The buffer has `len` bytes of data, at least `N`, all of it linear and ours to write by the type invariant. A device
+        // that breaks the rules may write there, too, so there are no references to it.
         unsafe {
             let data = (*self.as_raw()).data;
-            for at in Iterator::chain((0..len).step_by(PAGE), [len - 1]) {
+            let second_page = PAGE - data.addr() % PAGE;
+            for at in Iterator::chain(iter::once(0), (second_page..len).step_by(PAGE)) {
                 let byte = data.add(at);
                 byte.write_volatile(byte.read_volatile());
             }
-            let front = data.cast::<[u8; N]>().read_volatile();
+            // A volatile read of the whole is one for each byte. The fences see to it that this is behind the writes, and that the
+            // copy is what is looked at from here on.
+            compiler_fence(Ordering::SeqCst);
+            ptr::copy_nonoverlapping(data, front.as_mut_ptr(), N);
+            compiler_fence(Ordering::SeqCst);
             data.write_bytes(0, N);
-            Some(front)
         }
+        Some(front)
     }
 
     /// Cuts `len` bytes off the front, at most all of them.

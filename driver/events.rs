@@ -247,6 +247,28 @@ impl VsockDriver {
         }
     }
 
+    /// Resets all connections, for packets of the device are missing, and nobody knows of which of them. Needs the rx mutex; sleeps,
+    /// and takes sockets' locks.
+    ///
+    /// That happens when a guest is migrated by a device that does not tell its hypervisor what it writes. The event of the
+    /// migration may come later than the packets of before it, and a reader would not know that there is a hole between these.
+    pub(super) fn reset_for_lost_packets(self: &Arc<Self>) {
+        self.handle_events();
+        let mut guard = self.events.lock();
+        let Some(events) = (*guard).as_mut() else {
+            return;
+        };
+        let sockets = Socket::some_connected::<Self>();
+        if sockets.iter().all(Option::is_none) {
+            return;
+        }
+        if may_log() {
+            pr_warn!("packets that the device has sent are missing from the guest's memory\n");
+        }
+        self.statistics.lost_packet_resets.increment();
+        self.transport_reset(events.queue.device());
+    }
+
     /// The device has lost all connections, and perhaps has another CID.
     pub(super) fn transport_reset(&self, device: &LiveDevice) {
         let before = self.guest_cid();

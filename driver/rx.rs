@@ -239,11 +239,16 @@ impl VsockDriver {
     /// Takes a packet apart and finds the socket that it is for. Returns the buffer where its packet was received and nobody
     /// needs it any more. Needs the rx mutex; sleeps, and takes the socket's lock.
     fn receive(self: &Arc<Self>, mut packet: SkBuff<()>) -> Option<SkBuff<()>> {
-        // What is left there is no header, as in a new buffer, should the device say that it has written a packet where it has not.
         let Some(raw_header) = packet.take_front::<HEADER_LEN>() else {
             self.statistics.dropped_short.increment();
             return None;
         };
+        if raw_header == [0; HEADER_LEN] {
+            // The device has a buffer with zeros there, and says that it has written a packet.
+            self.statistics.dropped_unwritten.increment();
+            self.reset_for_lost_packets();
+            return None;
+        }
         let header = Header::parse(&raw_header);
         let Some(len) = usize::try_from(header.len)
             .ok()

@@ -81,6 +81,8 @@ statistics! {
     dropped_short,
     /// Buffers in which the device claims to have written more than there is room.
     dropped_long,
+    /// Buffers in which the device claims to have written a packet, and has not: lost while a hypervisor copied the memory.
+    dropped_unwritten,
     /// Packets from or to a CID that is reserved, or not this guest's.
     dropped_cid,
     /// Packets that make no sense in their connection's state, unknown operations among them.
@@ -101,9 +103,11 @@ statistics! {
     device_stalls,
     /// Packets of credit sent for nothing else.
     credit_updates,
-    /// Transport resets that the device announced.
+    /// Transport resets: that the device announced, or for a refused update or lost packets.
     transport_resets,
-    /// Connections that were reset by those, by a refused update, or because an update did not list them.
+    /// Those for lost packets.
+    lost_packet_resets,
+    /// Connections that were reset by transport resets, or because an update did not list them.
     resets_by_transport,
     /// Connections that were reset because the device went away, slept, or failed.
     resets_by_device_loss,

@@ -2,13 +2,13 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Upstream's own vsock tests, from the source of the very kernel under test, unmodified, as static programs. Their
-# alarm() and poll() are those of selftests/upstream.
+# alarm(), poll() and bind() are those of selftests/upstream.
 
 UPSTREAM_TESTS=(vsock_test vsock_perf vsock_diag_test vsock_uring_test)
 
 ensure_upstream_tests() {
     local new=$KERNEL_DIR/upstream.new
-    [[ ! $KERNEL_DIR/upstream -nt $SOURCE_DIR/selftests/upstream/time_limits.c ]] || return 0
+    [[ ! $KERNEL_DIR/upstream -nt $SOURCE_DIR/selftests/upstream/libc_wrappers.c ]] || return 0
     discard "$KERNEL_DIR/upstream"
     ensure_root
     ensure_kernel_source
@@ -24,8 +24,8 @@ build_upstream_tests() {
     mkdir -p "$new/tools/testing" "$new/programs"
     ln -s "$KERNEL_SOURCE/tools/include" "$new/tools/include"
     cp -R "$KERNEL_SOURCE/tools/testing/vsock" "$build"
-    cp "$SOURCE_DIR/selftests/upstream/time_limits.c" "$build/"
-    in_root make -C "$build" -j"$JOBS" time_limits.o
-    in_root make -C "$build" -j"$JOBS" LDFLAGS="-static -Wl,--wrap=alarm,--wrap=poll time_limits.o" "${UPSTREAM_TESTS[@]}"
+    cp "$SOURCE_DIR/selftests/upstream/libc_wrappers.c" "$build/"
+    in_root make -C "$build" -j"$JOBS" libc_wrappers.o
+    in_root make -C "$build" -j"$JOBS" LDFLAGS="-static -Wl,--wrap=alarm,--wrap=poll,--wrap=bind libc_wrappers.o" "${UPSTREAM_TESTS[@]}"
     (cd "$build" && install "${UPSTREAM_TESTS[@]}" "$new/programs")
 }

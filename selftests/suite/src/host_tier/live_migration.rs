@@ -167,8 +167,8 @@ struct Sockets {
     host_listeners: Vec<i32>,
     /// Those that the next migration has to reset.
     connections: Vec<Connection>,
-    /// Where the guest gets the kernel's uevents, and how many migrations it has been told of. Of our driver alone.
-    told: Option<(i32, u32)>,
+    /// Of our driver alone.
+    told: Option<Told>,
 }
 
 impl Sockets {
@@ -195,7 +195,11 @@ impl Sockets {
             host_listeners.push(listen(host, kind, (CID_ANY, port))?);
         }
         let told = match guest.spec.driver {
-            Driver::Rs => Some((guest.agent.uevent_socket()?, generation(&guest.agent)?)),
+            Driver::Rs => Some(Told {
+                uevents: guest.agent.uevent_socket()?,
+                generation: generation(&guest.agent)?,
+                lost_packet_resets: lost_packet_resets(&guest.agent)?,
+            }),
             Driver::C => None,
         };
         Ok(Self {
@@ -210,7 +214,7 @@ impl Sockets {
         for connection in &self.connections {
             connection.close(host, guest)?;
         }
-        let uevents = self.told.iter().map(|(fd, _)| *fd);
+        let uevents = self.told.iter().map(|told| told.uevents);
         for fd in self.listeners.iter().map(|it| it.fd).chain(uevents) {
             guest.close(fd)?;
         }
@@ -307,23 +311,23 @@ impl Sockets {
     /// Waits until the guest knows of the migration; programs on our driver are told what it did.
     fn expect_to_be_told(&mut self, guest: &NestedGuest, from: u32, reset: usize) -> Result<()> {
         let agent = &guest.agent;
-        if let Some((uevents, generation_before)) = &mut self.told {
-            let fields = agent.next_migration(*uevents)?;
-            *generation_before += 1;
-            let expected = [
-                ("CAUSE", "transport-reset".to_owned()),
-                ("GENERATION", generation_before.to_string()),
-                ("OLD_CID", from.to_string()),
-                ("NEW_CID", guest.cid().to_string()),
-                ("CONNECTIONS_RESET", reset.to_string()),
-                ("CONNECTIONS_KEPT", "0".to_owned()),
-            ];
-            let expected = expected.map(|(name, value)| (name.to_owned(), value));
-            expect_eq("the uevent", fields, HashMap::from(expected))?;
+        if let Some(told) = &mut self.told {
+            told.expect(agent, (from, guest.cid()), reset)?;
+            let lost_packet_resets = lost_packet_resets(agent)?;
+            if lost_packet_resets != told.lost_packet_resets {
+                // Packets were left behind, and the guest knew that before it got the event.
+                told.lost_packet_resets += 1;
+                expect_eq(
+                    "resets for lost packets",
+                    lost_packet_resets,
+                    told.lost_packet_resets,
+                )?;
+                told.expect(agent, (guest.cid(), guest.cid()), 0)?;
+            }
             expect_eq(
                 "the generation in sysfs",
                 generation(agent)?,
-                *generation_before,
+                told.generation,
             )?;
         }
         wait_for(&format!("the guest's CID to be {}", guest.cid()), || {
@@ -353,6 +357,34 @@ impl Sockets {
     }
 }
 
+/// What programs on our driver were told by now.
+struct Told {
+    /// Where the guest gets the kernel's uevents.
+    uevents: i32,
+    /// How many migrations those were.
+    generation: u32,
+    /// How often all connections were reset because packets were left behind.
+    lost_packet_resets: u32,
+}
+
+impl Told {
+    /// The next uevent is of a transport reset with these CIDs and so many connections.
+    fn expect(&mut self, agent: &Agent, (from, to): (u32, u32), reset: usize) -> Result<()> {
+        self.generation += 1;
+        let expected = [
+            ("CAUSE", "transport-reset".to_owned()),
+            ("GENERATION", self.generation.to_string()),
+            ("OLD_CID", from.to_string()),
+            ("NEW_CID", to.to_string()),
+            ("CONNECTIONS_RESET", reset.to_string()),
+            ("CONNECTIONS_KEPT", "0".to_owned()),
+        ];
+        let expected = expected.map(|(name, value)| (name.to_owned(), value));
+        let fields = agent.next_migration(self.uevents)?;
+        expect_eq("the uevent", fields, HashMap::from(expected))
+    }
+}
+
 /// A socket that listens.
 fn listen(agent: &Agent, kind: i32, (cid, port): (u32, u32)) -> Call<i32> {
     let fd = agent.socket(kind)?;
@@ -366,6 +398,16 @@ fn generation(guest: &Agent) -> Result<u32> {
     let text = sh_ok(
         guest,
         "cat /sys/bus/virtio/drivers/virtio_vsock_rs/virtio*/migration/generation",
+        LIMIT,
+    )?;
+    Ok(text.trim().parse()?)
+}
+
+/// How often the guest's driver has reset all connections because packets were left behind.
+fn lost_packet_resets(guest: &Agent) -> Result<u32> {
+    let text = sh_ok(
+        guest,
+        "awk '$1 == \"lost_packet_resets\" { print $2 }' /sys/kernel/debug/virtio_vsock_rs/statistics",
         LIMIT,
     )?;
     Ok(text.trim().parse()?)

@@ -9,12 +9,13 @@ use vsock_device::{Op, HOST_CID};
 
 use super::hardware::expect_out_of_use_and_bind_again;
 use super::lifecycle::{BIND, UNBIND};
+use super::migration::expect_told;
 use crate::agent::sh;
 use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT,
     SEQPACKET, STREAM, WAITING_ANSWERS, WAITING_UPDATES,
 };
-use crate::machine::DEFAULT_RING;
+use crate::machine::{Hardware, DEFAULT_RING};
 
 /// That the guest still serves.
 fn expect_alive(guest: &Guest, listener: i32) -> Result<()> {
@@ -65,28 +66,47 @@ pub fn malformed_packets(lab: &Lab) -> Result<()> {
     expect_alive(&guest, listener)
 }
 
-/// Where the device says that it has written a packet, and the memory does not have it, nothing of an older packet is received
-/// once more.
+/// Where the device says that it has written a packet, and the memory does not have it, no reader gets what comes behind the
+/// hole, nor what the memory had before.
 pub fn unwritten_packets(lab: &Lab) -> Result<()> {
     let ring = usize::from(DEFAULT_RING);
-    let guest = lab.guest()?;
+    // New memory has whatever was there.
+    let guest = lab.guest_on(&Hardware {
+        kernel_parameters: "init_on_alloc=0",
+        ..Hardware::default()
+    })?;
+    let uevents = guest.uevent_socket()?;
     let listener = guest.listener(PORT)?;
-    let peer = Peer::connect(&guest)?;
+    let peer = Peer::watch(&guest);
+    let packet = peer.packet(Op::RW).to_bytes().len() + b"old".len();
+    let leave_unwritten = |packets: usize| {
+        for _ in 0..packets {
+            guest.device.inject_raw(Vec::new(), Some(packet as u32));
+        }
+    };
+    // Buffers that have never had a packet, and no connection that could have lost one.
+    leave_unwritten(3 * ring);
+    guest.wait_counter("dropped_unwritten", 3 * ring as i64)?;
+
     peer.send(Op::REQUEST);
     peer.expect(Op::RESPONSE)?;
     let fd = guest.accept(listener)?;
-    // All buffers have had a packet.
     for _ in 0..3 * ring {
         peer.send_payload(b"old");
         expect_eq("recv()", guest.recv(fd, 99)?, "old".to_owned())?;
     }
-    let packet = peer.packet(Op::RW).to_bytes().len() + b"old".len();
-    for _ in 0..2 * ring {
-        guest.device.inject_raw(Vec::new(), Some(packet as u32));
-    }
-    guest.wait_counter("dropped_cid", 2 * ring as i64)?;
-    peer.send_payload(b"new");
-    expect_eq("recv()", guest.recv(fd, 99)?, "new".to_owned())?;
+    leave_unwritten(2 * ring);
+    peer.send_payload(b"behind the hole");
+    peer.expect(Op::RST)?;
+    expect_errno("recv()", guest.recv(fd, 99), "ECONNRESET")?;
+    let told = [
+        ("CAUSE", "transport-reset"),
+        ("GENERATION", "1"),
+        ("CONNECTIONS_RESET", "1"),
+    ];
+    expect_told(&guest, uevents, &told)?;
+    guest.wait_counter("dropped_unwritten", 5 * ring as i64)?;
+    expect_eq("resets", guest.counter("lost_packet_resets")?, 1)?;
     expect_alive(&guest, listener)
 }
 

@@ -459,7 +459,7 @@ pub fn without_the_extension(lab: &Lab) -> Result<()> {
 }
 
 /// That a uevent and the device's folder in sysfs say the same of a migration.
-fn expect_told(guest: &Guest, uevents: i32, expected: &[(&str, &str)]) -> Result<()> {
+pub(super) fn expect_told(guest: &Guest, uevents: i32, expected: &[(&str, &str)]) -> Result<()> {
     let told = guest.next_migration(uevents)?;
     for (name, value) in expected {
         let is = told.get(*name).map(String::as_str);
