@@ -601,26 +601,6 @@ impl Guest {
         self.start("sh", json!({"script": "poweroff -f"}));
     }
 
-    /// A counter of our driver.
-    pub fn counter(&self, name: &str) -> Result<i64> {
-        self.number_in_debugfs("statistics", name)
-    }
-
-    /// How much waits in a queue of our driver.
-    pub fn queue_length(&self, name: &str) -> Result<i64> {
-        self.number_in_debugfs("queues", name)
-    }
-
-    fn number_in_debugfs(&self, file: &str, name: &str) -> Result<i64> {
-        let text = self.sh(&format!("cat /sys/kernel/debug/virtio_vsock_rs/{file}"))?;
-        let line = text
-            .lines()
-            .filter_map(|line| line.split_once(' '))
-            .find(|(is, _)| *is == name);
-        let (_, value) = line.with_context(|| format!("there is no {name} in {text:?}"))?;
-        Ok(value.parse()?)
-    }
-
     /// Waits until our driver has stopped receiving, because the device takes no answers and as many as may be wait.
     pub fn wait_congested(&self) -> Result<()> {
         wait_for("the guest to stop receiving", || {

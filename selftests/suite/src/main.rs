@@ -18,6 +18,7 @@
 //! | [`demo`] | the main job, shown |
 
 mod agent;
+mod debugfs;
 mod demo;
 mod host_tier;
 mod initramfs;

@@ -198,7 +198,8 @@ impl Sockets {
             Driver::Rs => Some(Told {
                 uevents: guest.agent.uevent_socket()?,
                 generation: generation(&guest.agent)?,
-                lost_packet_resets: lost_packet_resets(&guest.agent)?,
+                lost_packet_resets: guest.agent.counter("lost_packet_resets")?,
+                left_behind: guest.agent.counter("dropped_unwritten")?,
             }),
             Driver::C => None,
         };
@@ -257,11 +258,19 @@ impl Sockets {
             let to = guest.cid();
             let what = format!("migration {round} of {migrations}, CID {from} to {to}");
             findings.fail(&what)?;
+            let left_behind = match &mut self.told {
+                Some(told) => told.packets_left_behind(&guest.agent)?,
+                None => 0,
+            };
             progress(&format!(
-                "{what}: {} ms in all, {} ms down; {reset} connections were reset after {} MiB",
+                "{what}: {} ms in all, {} ms down; {reset} connections were reset after {} MiB{}",
                 figures.total.as_millis(),
                 figures.down.as_millis(),
-                bytes >> 20
+                bytes >> 20,
+                match left_behind {
+                    0 => String::new(),
+                    packets => format!("; {packets} packets were left behind"),
+                }
             ));
             summary.migrations.push(figures);
             summary.connections_reset += reset;
@@ -313,16 +322,16 @@ impl Sockets {
         let agent = &guest.agent;
         if let Some(told) = &mut self.told {
             told.expect(agent, (from, guest.cid()), reset)?;
-            let lost_packet_resets = lost_packet_resets(agent)?;
+            let lost_packet_resets = agent.counter("lost_packet_resets")?;
             if lost_packet_resets != told.lost_packet_resets {
-                // Packets were left behind, and the guest knew that before it got the event.
+                // The guest knew that packets were left behind before it got the event.
+                told.expect(agent, (guest.cid(), guest.cid()), 0)?;
                 told.lost_packet_resets += 1;
                 expect_eq(
-                    "resets for lost packets",
+                    "resets for packets that were left behind",
                     lost_packet_resets,
                     told.lost_packet_resets,
                 )?;
-                told.expect(agent, (guest.cid(), guest.cid()), 0)?;
             }
             expect_eq(
                 "the generation in sysfs",
@@ -364,7 +373,9 @@ struct Told {
     /// How many migrations those were.
     generation: u32,
     /// How often all connections were reset because packets were left behind.
-    lost_packet_resets: u32,
+    lost_packet_resets: i64,
+    /// How many packets those were.
+    left_behind: i64,
 }
 
 impl Told {
@@ -383,6 +394,12 @@ impl Told {
         let fields = agent.next_migration(self.uevents)?;
         expect_eq("the uevent", fields, HashMap::from(expected))
     }
+
+    /// How many packets were left behind since this was asked last. All are known once there is a new connection.
+    fn packets_left_behind(&mut self, agent: &Agent) -> Result<i64> {
+        let by_now = agent.counter("dropped_unwritten")?;
+        Ok(by_now - std::mem::replace(&mut self.left_behind, by_now))
+    }
 }
 
 /// A socket that listens.
@@ -398,16 +415,6 @@ fn generation(guest: &Agent) -> Result<u32> {
     let text = sh_ok(
         guest,
         "cat /sys/bus/virtio/drivers/virtio_vsock_rs/virtio*/migration/generation",
-        LIMIT,
-    )?;
-    Ok(text.trim().parse()?)
-}
-
-/// How often the guest's driver has reset all connections because packets were left behind.
-fn lost_packet_resets(guest: &Agent) -> Result<u32> {
-    let text = sh_ok(
-        guest,
-        "awk '$1 == \"lost_packet_resets\" { print $2 }' /sys/kernel/debug/virtio_vsock_rs/statistics",
         LIMIT,
     )?;
     Ok(text.trim().parse()?)
