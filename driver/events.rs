@@ -252,20 +252,23 @@ impl VsockDriver {
     ///
     /// That happens when a guest is migrated by a device that does not tell its hypervisor what it writes. The event of the
     /// migration may come later than the packets of before it, and a reader would not know that there is a hole between these.
+    #[cold]
+    #[inline(never)]
     pub(super) fn reset_for_lost_packets(self: &Arc<Self>) {
         self.handle_events();
         let mut guard = self.events.lock();
         let Some(events) = (*guard).as_mut() else {
             return;
         };
-        let sockets = Socket::some_connected::<Self>();
-        if sockets.iter().all(Option::is_none) {
+        let has_connections = Socket::some_connected::<Self>().iter().any(Option::is_some);
+        if !has_connections {
             return;
         }
         if may_log() {
             pr_warn!("packets that the device has sent are missing from the guest's memory\n");
         }
         self.statistics.lost_packet_resets.increment();
+        // An update that waits for these packets stays: its connections are gone, and the device has to be told of each.
         self.transport_reset(events.queue.device());
     }
 

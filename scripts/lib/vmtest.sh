@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # The disk of the nested host that upstream's vmtest.sh runs on: a Debian system with what the script needs, the kernel
-# under test with this module installed, and the script and vsock_test of the kernel's source.
+# under test with this module installed, and the script and vsock_test of the kernel's source (see upstream-tests.sh).
 #
 # The guests' root is the host's, over 9p, as virtme-ng has it.
 

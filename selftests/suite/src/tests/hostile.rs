@@ -70,9 +70,9 @@ pub fn malformed_packets(lab: &Lab) -> Result<()> {
 /// hole, nor what the memory had before.
 pub fn unwritten_packets(lab: &Lab) -> Result<()> {
     let ring = usize::from(DEFAULT_RING);
-    // New memory has whatever was there.
+    // New buffers have no zeros but those of the driver.
     let guest = lab.guest_on(&Hardware {
-        kernel_parameters: "init_on_alloc=0",
+        kernel_parameters: "init_on_alloc=0 slab_debug=P",
         ..Hardware::default()
     })?;
     let uevents = guest.uevent_socket()?;
