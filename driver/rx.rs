@@ -243,13 +243,14 @@ impl VsockDriver {
             self.statistics.dropped_short.increment();
             return None;
         };
-        if raw_header == [0; HEADER_LEN] {
+        let header = Header::parse(&raw_header);
+        // All of it is compared for no packet that has a source.
+        if header.src_cid == 0 && raw_header == [0; HEADER_LEN] {
             // The device has a buffer with zeros there, and says that it has written a packet.
             self.statistics.dropped_unwritten.increment();
             self.reset_for_lost_packets();
             return None;
         }
-        let header = Header::parse(&raw_header);
         let Some(len) = usize::try_from(header.len)
             .ok()
             .filter(|len| *len <= packet.len() - HEADER_LEN)

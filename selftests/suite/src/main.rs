@@ -8,6 +8,7 @@
 //! | [`initramfs`] | what a machine boots into |
 //! | [`systemd`] | systemd as a machine's process 1 |
 //! | [`agent`], [`sockets`] | system calls in a machine |
+//! | [`debugfs`] | what the driver counts in a machine |
 //! | [`lab`] | what a test of the device tier works with |
 //! | [`tests`] | the tests of the device tier: guests and a device in this process |
 //! | [`host_tier`] | upstream's tests against the kernel's vhost-vsock, on a nested host |
