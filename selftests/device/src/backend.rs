@@ -173,13 +173,13 @@ impl Backend {
                 let mut state = lock(&device.state);
                 used[RX] = self.process_rx(&rings[RX], &mut state);
                 used[EVENT] = self.process_events(device, &rings[EVENT], &mut state);
-                while let Some((queue, descriptor, len)) = state.forged_completions.pop_front() {
+                while let Some((queue, descriptor)) = state.forged_completions.pop_front() {
                     let queue = match queue {
                         Queue::Rx => RX,
                         Queue::Tx => TX,
                         Queue::Event => EVENT,
                     };
-                    rings[queue].forge_used(descriptor, len);
+                    rings[queue].forge_used(descriptor, 1);
                     rings[queue].interrupt()?;
                     used[queue] = true;
                 }

@@ -117,8 +117,8 @@ pub(crate) struct State {
     pub(crate) events: VecDeque<Vec<u8>>,
     /// How many of `events`, the last ones, are parts of an update that packets wait for.
     pub(crate) update_parts: usize,
-    /// Used entries that nobody asked for: queue, descriptor, length.
-    pub(crate) forged_completions: VecDeque<(Queue, u16, u32)>,
+    /// Used entries that nobody asked for: queue and descriptor.
+    pub(crate) forged_completions: VecDeque<(Queue, u16)>,
     pub(crate) hold_rx: bool,
     pub(crate) hold_tx: bool,
     pub(crate) hold_events: bool,
@@ -391,9 +391,7 @@ impl Device {
     /// Waits until everything that was injected is with the guest.
     pub fn wait_delivered(&self, limit: Duration) -> Result<()> {
         self.wait_until("the guest to take its packets and events", limit, |state| {
-            state.for_guest.is_empty()
-                && state.events.is_empty()
-                && state.forged_completions.is_empty()
+            state.for_guest.is_empty() && state.events.is_empty()
         })
     }
 
@@ -407,9 +405,13 @@ impl Device {
         self.change(|state| state.for_guest.push_back(ForGuest::Raw { bytes, used_len }));
     }
 
-    /// Puts an entry into a used ring for a descriptor that the device was not given.
-    pub fn forge_completion(&self, queue: Queue, descriptor: u16, len: u32) {
-        self.change(|state| state.forged_completions.push_back((queue, descriptor, len)));
+    /// Puts entries into a used ring for descriptors that the device was not given. All of them go into the ring that is
+    /// there now: the driver may take it away as soon as it has seen the first.
+    pub fn forge_completions(&self, queue: Queue, descriptors: &[u16]) {
+        self.change(|state| {
+            let forged = descriptors.iter().map(|&descriptor| (queue, descriptor));
+            state.forged_completions.extend(forged);
+        });
     }
 
     /// All packets that the guest sends from now on.

@@ -212,8 +212,7 @@ pub fn forged_completions(lab: &Lab) -> Result<()> {
         let reading = guest.start("recv", json!({"fd": reader, "len": 1}));
         // The guest puts nothing into the queue meanwhile: in a packed ring that would take the place of what is forged.
         expect_tx_idle(&guest)?;
-        guest.device.forge_completion(queue, 9999, 1);
-        guest.device.forge_completion(queue, 127, 1);
+        guest.device.forge_completions(queue, &[9999, 127]);
         wait_for("the kernel's log to tell of it", || {
             Ok(guest.machine.log().contains("id 9999 out of range"))
         })?;
