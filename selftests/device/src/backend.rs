@@ -76,12 +76,18 @@ impl Backend {
     /// Takes packets from the guest.
     fn process_tx(&self, device: &Arc<Shared>, ring: &Ring<'_>) -> bool {
         let mut used = false;
-        loop {
-            if !device.takes_packets() {
-                return used;
-            }
-            let Some(buffer) = ring.pop() else {
-                return used;
+        while !device.is_blocked_by_others() {
+            let buffer = {
+                // Once a test holds packets back, none is taken any more.
+                let state = lock(&device.state);
+                if state.hold_tx {
+                    None
+                } else {
+                    ring.pop()
+                }
+            };
+            let Some(buffer) = buffer else {
+                break;
             };
             let bytes = buffer.read(&self.memory.memory());
             ring.add_used(&buffer, 0);
@@ -92,28 +98,23 @@ impl Backend {
                 }
             }
         }
+        used
     }
 
     /// Gives packets to the guest.
     fn process_rx(&self, ring: &Ring<'_>, state: &mut State) -> bool {
         let mut used = false;
-        while state.has_packets() {
-            if let Some(ForGuest::Update(parts)) = state.for_guest.front_mut() {
-                let mut parts = std::mem::take(parts);
-                for part in &mut parts {
-                    set_rx_used(part, ring.used());
-                }
-                state.for_guest.pop_front();
-                state.update_parts = parts.len();
-                state.events.extend(parts);
-                continue;
+        loop {
+            queue_events(ring, state);
+            if !state.has_packets() {
+                break;
             }
             let Some(buffer) = ring.pop() else {
                 break;
             };
             let (bytes, used_len) = match state.for_guest.pop_front() {
                 // It is none of these, as was looked at above.
-                None | Some(ForGuest::Update(_)) => {
+                None | Some(ForGuest::Events(_)) => {
                     ring.unpop(&buffer);
                     break;
                 }
@@ -148,9 +149,9 @@ impl Backend {
             let event = state.events.pop_front().unwrap_or_default();
             let written = buffer.write(&self.memory.memory(), &event).unwrap_or(0);
             ring.add_used(&buffer, written);
-            if state.events.len() < state.update_parts {
-                state.update_parts -= 1;
-                if state.update_parts == 0 {
+            if state.events.len() < state.awaited_events {
+                state.awaited_events -= 1;
+                if state.awaited_events == 0 {
                     // The packets behind it may go.
                     device.wake();
                 }
@@ -211,6 +212,20 @@ impl Backend {
             device.switch.wake_all();
         }
         Ok(())
+    }
+}
+
+/// Queues the events that are before the next packet; it waits for them.
+fn queue_events(rx: &Ring<'_>, state: &mut State) {
+    while let (false, Some(ForGuest::Events(events))) = (state.hold_rx, state.for_guest.front_mut())
+    {
+        let mut events = std::mem::take(events);
+        for event in &mut events {
+            set_rx_used(event, rx.used());
+        }
+        state.for_guest.pop_front();
+        state.awaited_events += events.len();
+        state.events.extend(events);
     }
 }
 

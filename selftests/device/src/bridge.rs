@@ -121,6 +121,9 @@ struct ConnectionState {
     pumps: u32,
 }
 
+/// One for each direction.
+const PUMPS: u32 = 2;
+
 impl ConnectionState {
     fn credit(&self) -> usize {
         let in_flight = self.tx_cnt.wrapping_sub(self.peer_fwd_cnt);
@@ -520,6 +523,8 @@ impl Bridge {
             guest_shutdown: blob.guest_shutdown,
             // The guest is told again, for it may not have got it.
             finishing: blob.host_shutdown & SHUTDOWN_SEND != 0,
+            // Its state may be asked for as soon as the program is told, and has to be waited for then.
+            pumps: PUMPS,
             ..ConnectionState::default()
         };
         let connection = Connection::new(key, socket_type, stream.try_clone()?, state);
@@ -537,9 +542,10 @@ impl Bridge {
             connections.open.insert(key, connection.clone());
         }
         // One write, for it may be a message.
-        stream.write_all(format!("OK {}\n", key.1).as_bytes())?;
+        let told = stream.write_all(format!("OK {}\n", key.1).as_bytes());
+        // Where the program has gone meanwhile, the threads find that.
         self.pump(&connection);
-        Ok(())
+        Ok(told?)
     }
 
     fn connect_to_host(self: &Arc<Self>, packet: &Packet) {
@@ -597,7 +603,7 @@ impl Bridge {
 
     /// Starts moving data, both ways.
     fn pump(self: &Arc<Self>, connection: &Arc<Connection>) {
-        lock(&connection.state).pumps = 2;
+        lock(&connection.state).pumps = PUMPS;
         let (bridge, reading) = (self.clone(), connection.clone());
         thread::spawn(move || {
             bridge.pump_to_guest(&reading);

@@ -102,8 +102,8 @@ pub(crate) enum ForGuest {
         bytes: Vec<u8>,
         used_len: Option<u32>,
     },
-    /// The events of an update, which is made available before the packets behind it.
-    Update(Vec<Vec<u8>>),
+    /// The events of an update or of a transport reset, which are made available before the packets behind them.
+    Events(Vec<Vec<u8>>),
 }
 
 /// A connection to another guest: its CID and port, and the port of this one.
@@ -115,8 +115,8 @@ pub(crate) struct State {
     pub(crate) guest_cid: u64,
     pub(crate) for_guest: VecDeque<ForGuest>,
     pub(crate) events: VecDeque<Vec<u8>>,
-    /// How many of `events`, the last ones, are parts of an update that packets wait for.
-    pub(crate) update_parts: usize,
+    /// How many of `events`, the last ones, packets wait for.
+    pub(crate) awaited_events: usize,
     /// Used entries that nobody asked for: queue and descriptor.
     pub(crate) forged_completions: VecDeque<(Queue, u16)>,
     pub(crate) hold_rx: bool,
@@ -149,7 +149,7 @@ pub(crate) struct State {
 impl State {
     /// Whether there are packets, or an update, that the guest may get now.
     pub(crate) fn has_packets(&self) -> bool {
-        !self.hold_rx && self.update_parts == 0 && !self.for_guest.is_empty()
+        !self.hold_rx && self.awaited_events == 0 && !self.for_guest.is_empty()
     }
 
     /// Whether there are events that the guest may get now.
@@ -160,6 +160,11 @@ impl State {
     /// Whether others have to be woken: they wait for this device, and need not any more. It is said once.
     pub(crate) fn lets_others_go_on(&mut self) -> bool {
         self.for_guest.len() < CONGESTED && std::mem::take(&mut self.others_wait)
+    }
+
+    fn push_transport_reset(&mut self) {
+        let event = EVENT_TRANSPORT_RESET.to_le_bytes().to_vec();
+        self.for_guest.push_back(ForGuest::Events(vec![event]));
     }
 
     /// Appends a packet, where it is not held back.
@@ -240,7 +245,12 @@ impl Shared {
     /// Whether packets are taken from the guest now. When that changes, the device is woken.
     pub(crate) fn takes_packets(self: &Arc<Self>) -> bool {
         let is_held = lock(&self.state).hold_tx;
-        !is_held && !self.switch.is_congested_for(self)
+        !is_held && !self.is_blocked_by_others()
+    }
+
+    /// Whether no packet is taken because too many wait at another device, which wakes this one when that has changed.
+    pub(crate) fn is_blocked_by_others(self: &Arc<Self>) -> bool {
+        self.switch.is_congested_for(self)
     }
 
     /// Whether so many packets wait that others should take no more for a while. Whoever is told so is woken when that
@@ -466,34 +476,33 @@ impl Device {
         self.change(|state| {
             state
                 .for_guest
-                .push_back(ForGuest::Update(update.to_events()));
+                .push_back(ForGuest::Events(update.to_events()));
             state.silent_events = true;
         });
     }
 
     /// Sends parts of an update, as they are but for `rx_used`.
     pub fn send_update_parts(&self, parts: Vec<Vec<u8>>) {
-        self.change(|state| state.for_guest.push_back(ForGuest::Update(parts)));
+        self.change(|state| state.for_guest.push_back(ForGuest::Events(parts)));
     }
 
-    /// Ends all connections and gives the guest another CID, or the same: the configuration space first, then the event.
+    /// Ends all connections and gives the guest another CID, or the same: the configuration space first, then the event, then
+    /// all packets that are sent from now on.
     pub fn transport_reset(&self, cid: u64) {
         self.set_guest_cid(cid);
         if let Some(bridge) = self.shared.bridge() {
             bridge.forget_all();
         }
-        self.send_event(EVENT_TRANSPORT_RESET.to_le_bytes().to_vec());
+        self.change(State::push_transport_reset);
     }
 
-    /// Ends all connections like [`transport_reset`](Device::transport_reset), and makes a packet of after that available
-    /// first: the driver is notified of the packet only.
+    /// Ends all connections like [`transport_reset`](Device::transport_reset), and sends a packet after that; the driver is
+    /// notified of the packet only.
     pub fn transport_reset_behind(&self, packet: Packet, cid: u64) {
         self.set_guest_cid(cid);
         self.change(|state| {
+            state.push_transport_reset();
             state.for_guest.push_back(ForGuest::Packet(packet));
-            state
-                .events
-                .push_back(EVENT_TRANSPORT_RESET.to_le_bytes().to_vec());
             state.silent_events = true;
         });
     }

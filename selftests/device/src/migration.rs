@@ -61,7 +61,7 @@ impl Shared {
             let waiting = std::mem::take(&mut state.for_guest);
             for item in waiting {
                 match item {
-                    ForGuest::Update(parts) => saved
+                    ForGuest::Events(parts) => saved
                         .updates
                         .push(parts.into_iter().map(ByteBuf::from).collect()),
                     ForGuest::Packet(packet)
@@ -161,8 +161,8 @@ impl Shared {
                 .into_iter()
                 .map(ByteBuf::into_vec)
                 .collect();
-            state.update_parts = state.events.len();
-            let updates = updates.into_iter().map(ForGuest::Update);
+            state.awaited_events = state.events.len();
+            let updates = updates.into_iter().map(ForGuest::Events);
             let since = std::mem::take(&mut state.for_guest);
             state.for_guest = updates.collect();
             state.hold(&between_guests);
@@ -194,7 +194,7 @@ impl Shared {
                 .events
                 .push_back(EVENT_TRANSPORT_RESET.to_le_bytes().to_vec());
             // Packets of connections that others make from now on wait for it.
-            state.update_parts = state.events.len();
+            state.awaited_events = state.events.len();
         }
         self.repeat_requests(&inherited.requests);
     }
@@ -237,7 +237,7 @@ impl Shared {
         update.tuples.extend(&tuples);
         state
             .for_guest
-            .push_back(ForGuest::Update(update.to_events()));
+            .push_back(ForGuest::Events(update.to_events()));
         // What was held since an update before this one is from the peer's earlier CID.
         let held = std::mem::take(&mut state.held);
         state.hold(&tuples);

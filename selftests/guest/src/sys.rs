@@ -10,6 +10,11 @@ use std::os::fd::RawFd;
 /// `IOCTL_VM_SOCKETS_GET_LOCAL_CID`.
 const IOCTL_GET_LOCAL_CID: libc::Ioctl = 0x7b9;
 
+const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 8;
+
+/// In seconds.
+const CONNECT_TIMEOUT_S: u64 = 240;
+
 /// The result of a system call that returns -1 for an error.
 pub fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
@@ -100,9 +105,14 @@ fn address(cid: u32, port: u32) -> libc::sockaddr_vm {
 
 const ADDRESS_LEN: libc::socklen_t = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
 
+/// A socket whose connect() waits for an answer longer than a test does: the kernel's own 2 s pass with an emulated machine's
+/// processors somewhere else. A test of that limit sets another one.
 pub fn socket(kind: libc::c_int) -> io::Result<RawFd> {
     // SAFETY: No pointers.
-    check(unsafe { libc::socket(libc::AF_VSOCK, kind | libc::SOCK_CLOEXEC, 0) })
+    let fd = check(unsafe { libc::socket(libc::AF_VSOCK, kind | libc::SOCK_CLOEXEC, 0) })?;
+    let timeout = [CONNECT_TIMEOUT_S, 0].map(u64::to_ne_bytes).concat();
+    set_option(fd, libc::AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &timeout)?;
+    Ok(fd)
 }
 
 /// Writes to a file while the kernel lets the `nth` allocation for this write fail. Returns the error's name, where there

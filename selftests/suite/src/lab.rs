@@ -23,7 +23,7 @@ use vsock_device::{Device, DeviceConfig, Op, Packet, Relay, Switch, HOST_CID, RE
 
 use crate::agent::{sh_ok, Agent, CallError};
 use crate::initramfs::Initramfs;
-use crate::machine::{BadBoot, Env, Hardware, Kind, Machine, Plug};
+use crate::machine::{boot_anew_if_bad, Env, Hardware, Kind, Machine, Plug};
 use crate::sockets::Completion;
 pub use crate::sockets::{Call, SEQPACKET, STREAM};
 use crate::systemd;
@@ -32,11 +32,17 @@ use crate::Driver;
 /// How long anything may take that takes moments when nothing else runs.
 pub const LIMIT: Duration = Duration::from_secs(120);
 
+/// The same of thousands of things.
+pub const BULK_LIMIT: Duration = Duration::from_secs(600);
+
 /// How many answers may wait for the device, by Documentation/data-path.md.
 pub const WAITING_ANSWERS: i64 = 128;
 
 /// How many credit updates of a connection may wait for the device, by the same.
 pub const WAITING_UPDATES: u32 = 64;
+
+/// The limit of connect() where no answer comes.
+pub const NO_ANSWER: Duration = Duration::from_secs(2);
 
 /// How long a test looks whether something happens that should not.
 pub const A_WHILE: Duration = Duration::from_millis(700);
@@ -55,9 +61,6 @@ const PEER_BUF_ALLOC: u32 = 256 * 1024;
 
 /// How much of a connection's state is written at once, in bytes.
 const STATE_PIECE: usize = 32 * 1024;
-
-/// How often a guest is booted whose kernel stands still before it has started anything of ours.
-const BOOT_ATTEMPTS: u32 = 5;
 
 /// What one test gets.
 pub struct Lab<'a> {
@@ -381,15 +384,7 @@ impl<'a> Lab<'a> {
         stand_between: &mut dyn FnMut(&Path) -> Result<PathBuf>,
         fill: impl Fn(&mut Initramfs) -> Result<()>,
     ) -> Result<Guest> {
-        let mut attempts = 1..BOOT_ATTEMPTS;
-        loop {
-            match self.boot_once(cid, hardware, stand_between, &fill) {
-                Err(error) if error.is::<BadBoot>() && attempts.next().is_some() => {
-                    println!("note: {error:#}; begun again");
-                }
-                result => return result,
-            }
-        }
+        boot_anew_if_bad(|| self.boot_once(cid, hardware, stand_between, &fill))
     }
 
     fn boot_once(

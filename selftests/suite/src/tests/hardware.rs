@@ -232,7 +232,6 @@ pub fn full_bounce_pool(lab: &Lab) -> Result<()> {
 
     let mut peer = Peer::watch(&guest);
     let fd = guest.socket(STREAM)?;
-    guest.set_connect_timeout(fd, LIMIT)?;
     let connecting = guest.start_connect(fd, HOST, PORT);
     connecting.expect_blocked(A_WHILE)?;
     expect_eq("packets to the device", peer.drain(), vec![])?;
@@ -277,12 +276,9 @@ pub fn needs_reset(lab: &Lab) -> Result<()> {
         expect_out_of_use_and_bind_again(&guest, listener)?;
         guest.close(fd)?;
     }
-    let log = guest.machine.log();
-    expect_eq(
-        "reasons in the log",
-        log.matches("needs a reset").count(),
-        2,
-    )
+    wait_for("both reasons in the log", || {
+        Ok(guest.machine.log().matches("needs a reset").count() == 2)
+    })
 }
 
 /// That a device has failed and the driver does not use it any more, and that both work again when they are bound again.

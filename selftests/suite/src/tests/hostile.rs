@@ -12,8 +12,8 @@ use super::lifecycle::{BIND, UNBIND};
 use super::migration::expect_told;
 use crate::agent::sh;
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, PORT,
-    SEQPACKET, STREAM, WAITING_ANSWERS, WAITING_UPDATES,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT, NO_ANSWER,
+    PORT, SEQPACKET, STREAM, WAITING_ANSWERS, WAITING_UPDATES,
 };
 use crate::machine::{Hardware, DEFAULT_RING};
 
@@ -304,6 +304,7 @@ pub fn tx_not_consumed(lab: &Lab) -> Result<()> {
         "{unsent} bytes wait for the device, more than the socket's buffer"
     );
     let second = guest.socket(STREAM)?;
+    guest.set_connect_timeout(second, NO_ANSWER)?;
     expect_errno(
         "connect()",
         guest.connect(second, HOST_CID as u32, PORT),

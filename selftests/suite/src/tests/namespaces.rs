@@ -86,6 +86,7 @@ pub fn deletion(lab: &Lab) -> Result<()> {
     let peer = Peer::accept(&guest, fd)?;
     guest.close(fd)?;
     peer.expect(Op::SHUTDOWN)?;
+    peer.expect(Op::RST)?;
 
     // Nobody has accepted it.
     let listener = socket_in_only_namespace(&guest)?;

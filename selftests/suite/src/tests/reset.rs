@@ -599,8 +599,8 @@ pub fn attempts(lab: &Lab) -> Result<()> {
     let cid = u64::from(GUEST_CID + 2);
     peer.set_cids(HOST_CID, cid);
     for is_there in [true, false] {
-        let (fd, connecting) = begin(&mut peer)?;
         let resets = guest.counter("transport_resets")?;
+        let (fd, connecting) = begin(&mut peer)?;
         guest.device.transport_reset(cid);
         guest.wait_counter("transport_resets", resets + 1)?;
         peer.send(Op::RESPONSE);

@@ -9,7 +9,9 @@ use serde_json::json;
 use vsock_device::packet::{SEQ_EOM, TYPE_SEQPACKET};
 use vsock_device::{Op, Packet};
 
-use crate::lab::{expect_eq, wait_for, Guest, Lab, Peer, CID_ANY, LIMIT, PORT, SEQPACKET, STREAM};
+use crate::lab::{
+    expect_eq, wait_for, Guest, Lab, Peer, BULK_LIMIT, CID_ANY, LIMIT, PORT, SEQPACKET, STREAM,
+};
 use crate::machine::{Hardware, DEFAULT_RING};
 
 /// A connection with thousands of small packets that wait does not keep another one waiting for all of them.
@@ -130,7 +132,7 @@ pub fn memory_of_small_packets(lab: &Lab) -> Result<()> {
         for _ in 0..buffer {
             guest.device.inject(small.clone());
         }
-        guest.device.wait_delivered(LIMIT)?;
+        guest.device.wait_delivered(BULK_LIMIT)?;
         wait_for("the guest to have received them", || {
             Ok(guest.siocinq(fd)? == buffer)
         })?;
@@ -143,7 +145,7 @@ pub fn memory_of_small_packets(lab: &Lab) -> Result<()> {
         );
         // Nothing of it is lost, and its memory comes back.
         let reading = json!({"fd": fd, "count": buffer});
-        let (read, most): (i32, usize) = guest.start("recv_small", reading).wait(LIMIT)?;
+        let (read, most): (i32, usize) = guest.start("recv_small", reading).wait(BULK_LIMIT)?;
         expect_eq("bytes that were read", read, buffer)?;
         if kind == SEQPACKET {
             expect_eq("the longest message", most, 1)?;

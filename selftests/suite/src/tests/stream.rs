@@ -12,8 +12,8 @@ use vsock_device::packet::{SHUTDOWN_RCV, SHUTDOWN_SEND};
 use vsock_device::{Op, Packet, HOST_CID};
 
 use crate::lab::{
-    accept_at_host, expect_eq, expect_errno, Guest, Lab, Peer, A_WHILE, CID_ANY, GUEST_CID, LIMIT,
-    PORT, STREAM,
+    accept_at_host, expect_eq, expect_errno, Guest, Lab, Peer, A_WHILE, BULK_LIMIT, CID_ANY,
+    GUEST_CID, LIMIT, NO_ANSWER, PORT, STREAM,
 };
 use crate::Driver;
 
@@ -141,6 +141,7 @@ pub fn connect_refused(lab: &Lab) -> Result<()> {
 
 /// Lets a socket connect to a host that does not answer. Returns the request.
 fn connect_in_vain(guest: &Guest, peer: &Peer, fd: i32) -> Result<Packet> {
+    guest.set_connect_timeout(fd, NO_ANSWER)?;
     expect_errno(
         "connect() without an answer",
         guest.connect(fd, HOST, PORT),
@@ -553,7 +554,7 @@ fn use_connections(guest: &Guest, peer: &Peer, listener: i32, count: u32) -> Res
         request.src_port = 10_000 + port;
         guest.device.inject(request);
     }
-    let fds: Vec<i32> = accepting.wait(LIMIT).context("accepting all")?;
+    let fds: Vec<i32> = accepting.wait(BULK_LIMIT).context("accepting all")?;
     for port in 0..count {
         let mut data = peer.packet(Op::RW);
         data.src_port = 10_000 + port;
