@@ -19,6 +19,7 @@ JOBS=${JOBS:-$(nproc)}
 BASE_SUITE=${SUITE%-backports}            # the suite that has the compilers
 ROOT=${ROOT_FOLDER:-$VSOCK_CACHE/root/$SUITE}   # the toolchain root, or another one that in-root is to enter
 LOGS=$VSOCK_CACHE/log
+DOWNLOAD_RETRIES=10                       # of each file
 
 # --- Messages -----------------------------------------------------------------------------------------------------
 

@@ -66,9 +66,11 @@ install_prerequisites() {
     command -v apt-get >/dev/null ||
         die "this machine lacks ${missing[*]} and has no apt-get" "use a Debian machine, bookworm or later"
     say "  this machine lacks ${missing[*]}: installing"
-    step "update the machine's package lists" apt-get update
+    # A machine that has just begun may be busy with updates of its own.
+    local patience=(-o DPkg::Lock::Timeout=300 -o "Acquire::Retries=$DOWNLOAD_RETRIES")
+    step "update the machine's package lists" apt-get "${patience[@]}" update
     step "install ${missing[*]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get install --yes --no-install-recommends "${missing[@]}"
+        apt-get "${patience[@]}" install --yes --no-install-recommends "${missing[@]}"
 }
 
 # make_root NEW_FOLDER MIRROR PACKAGE...: without a mirror mmdebstrap takes Debian's default.
@@ -104,7 +106,7 @@ install_root() {
     # In namespaces of its own: whatever happens to it, no mount and no process is left.
     unshare --mount --propagation private --pid --fork --kill-child --mount-proc \
         mmdebstrap --variant=apt --mode=root \
-        --aptopt='APT::Install-Recommends "false"' --aptopt='Acquire::Retries "3"' \
+        --aptopt='APT::Install-Recommends "false"' --aptopt="Acquire::Retries \"$DOWNLOAD_RETRIES\"" \
         --aptopt='APT::Sandbox::User "root"' --skip=cleanup/apt/lists \
         --dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
         --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # Upstream's own vsock tests, from the source of the very kernel under test, unmodified, as static programs. Their
-# alarm(), poll() and bind() are those of selftests/upstream.
+# alarm(), poll() and some other functions are those of selftests/upstream.
 
+WRAPPED=(alarm poll epoll_wait connect bind)
 UPSTREAM_TESTS=(vsock_test vsock_perf vsock_diag_test vsock_uring_test)
 
 ensure_upstream_tests() {
@@ -26,6 +27,6 @@ build_upstream_tests() {
     cp -R "$KERNEL_SOURCE/tools/testing/vsock" "$build"
     cp "$SOURCE_DIR/selftests/upstream/libc_wrappers.c" "$build/"
     in_root make -C "$build" -j"$JOBS" libc_wrappers.o
-    in_root make -C "$build" -j"$JOBS" LDFLAGS="-static -Wl,--wrap=alarm,--wrap=poll,--wrap=bind libc_wrappers.o" "${UPSTREAM_TESTS[@]}"
+    in_root make -C "$build" -j"$JOBS" LDFLAGS="-static ${WRAPPED[*]/#/-Wl,--wrap=} libc_wrappers.o" "${UPSTREAM_TESTS[@]}"
     (cd "$build" && install "${UPSTREAM_TESTS[@]}" "$new/programs")
 }

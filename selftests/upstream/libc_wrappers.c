@@ -1,16 +1,26 @@
 // SPDX-License-Identifier: GPL-2.0
 
 /*
- * alarm(), poll() and bind() for upstream's test programs, which are made for machines that are an order of magnitude faster
- * than the emulated ones of these tests.
+ * alarm(), poll(), epoll_wait(), connect() and bind() for upstream's test programs, which are made for machines that are an order
+ * of magnitude faster than the emulated ones of these tests.
  */
 
 #include <errno.h>
 #include <poll.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <time.h>
+#include <linux/vm_sockets.h>
 
 static const unsigned int TIMES_SLOWER = 6;
+
+/* Of limits that are short, a larger part is lost with a processor that does something else. */
+static const int TIMES_SLOWER_IN_SHORT = 20;
+static const int SHORT_MS = 1000;
+
+/* The kernel's own limit is 2 s. */
+static const struct timeval CONNECT_TIMEOUT = { .tv_sec = 12 };
 
 static const struct timespec BIND_INTERVAL = { .tv_nsec = 10 * 1000 * 1000 };
 
@@ -21,6 +31,10 @@ unsigned int __real_alarm(unsigned int seconds);
 unsigned int __wrap_alarm(unsigned int seconds);
 int __real_poll(struct pollfd *fds, nfds_t count, int timeout_ms);
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout_ms);
+int __real_epoll_wait(int epoll, struct epoll_event *events, int count, int timeout_ms);
+int __wrap_epoll_wait(int epoll, struct epoll_event *events, int count, int timeout_ms);
+int __real_connect(int fd, const struct sockaddr *address, socklen_t length);
+int __wrap_connect(int fd, const struct sockaddr *address, socklen_t length);
 int __real_bind(int fd, const struct sockaddr *address, socklen_t length);
 int __wrap_bind(int fd, const struct sockaddr *address, socklen_t length);
 
@@ -30,11 +44,30 @@ unsigned int __wrap_alarm(unsigned int seconds)
 	return __real_alarm(seconds * TIMES_SLOWER);
 }
 
+/* Negative is without a limit. */
+static int longer(int timeout_ms)
+{
+	return timeout_ms * (timeout_ms < SHORT_MS ? TIMES_SLOWER_IN_SHORT : (int)TIMES_SLOWER);
+}
+
 /* A test waits 100 ms for a completion. */
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout_ms)
 {
-	/* Negative is without a limit. */
-	return __real_poll(fds, count, timeout_ms * (int)TIMES_SLOWER);
+	return __real_poll(fds, count, longer(timeout_ms));
+}
+
+/* A test waits 10 s for its peer to close. */
+int __wrap_epoll_wait(int epoll, struct epoll_event *events, int count, int timeout_ms)
+{
+	return __real_epoll_wait(epoll, events, count, longer(timeout_ms));
+}
+
+int __wrap_connect(int fd, const struct sockaddr *address, socklen_t length)
+{
+	if (address->sa_family == AF_VSOCK &&
+	    setsockopt(fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &CONNECT_TIMEOUT, sizeof(CONNECT_TIMEOUT)) < 0)
+		return -1;
+	return __real_connect(fd, address, length);
 }
 
 /*

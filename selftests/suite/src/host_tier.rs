@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::agent::sh_ok;
-use crate::machine::{faults, Env};
-use crate::upstream::{self, Pair, Role, Side, UpstreamTest, OTHER_PROGRAMS};
+use crate::machine::{boot_anew_if_bad, faults, Env, EMULATION_FAILED};
+use crate::upstream::{self, Pair, Role, Side, OTHER_PROGRAMS};
 use crate::Driver;
 pub use live_migration::DEFAULT_MIGRATIONS;
 use nested::{GuestSpec, NestedGuest, NestedHost, HOST_ADDRESS};
@@ -56,11 +56,14 @@ pub struct Options<'a> {
     pub migrations: u32,
 }
 
-/// How often the nested host is booted in one run of all tests, at most.
-const BOOT_ATTEMPTS: u32 = 2;
+/// How often the nested host is booted anew in one run of all tests because of the emulation, at most.
+const BOOTS_ANEW: u32 = 2;
 
 /// One more time for so many further runs.
-const RUNS_BETWEEN_FORCED_INTERRUPTS: u32 = 5;
+const RUNS_BETWEEN_LOST_GUESTS: u32 = 5;
+
+/// How long a guest that lives may take to say so.
+const SIGN_OF_LIFE_LIMIT: Duration = Duration::from_secs(60);
 
 /// Whether TCG has given a guest's kernel an interrupt while these were disabled, by the trace of the processor that hangs
 /// in it: the handler waits for its own processor's run queue, whose lock is held with interrupts disabled only.
@@ -133,30 +136,19 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
         wanted.insert(role, of_role);
     }
 
-    let spec = GuestSpec {
-        cid: 3,
-        other_cid: Some(4),
-        driver: options.driver,
-    };
-    let boot = || -> Result<(NestedHost, NestedGuest)> {
-        let mut host = NestedHost::boot(env, &[spec], &env.run_dir("host_tier")?)?;
-        let guest = host.start_guest(spec)?;
-        Ok((host, guest))
-    };
-    let (mut host, mut guest) = boot()?;
-    let mut boots = 1..BOOT_ATTEMPTS + options.repeat / RUNS_BETWEEN_FORCED_INTERRUPTS;
-    // What the kernels of machines that were given up had found.
-    let mut faults_of_lost: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-
+    let mut machines = Machines::boot(env, options)?;
     for program in OTHER_PROGRAMS {
         for role in Role::BOTH {
             let name = other_name(program, role);
             if (options.wanted)(&name) {
-                let outcome = match pair(&host, &guest, role).run_all_of(program) {
-                    Ok(()) => Outcome::Passed,
-                    Err(why) => Outcome::Failed(why),
-                };
-                report(&name, outcome);
+                let ended = machines.attempt(
+                    |host, guest| pair(host, guest, role).run_all_of(program),
+                    Result::is_err,
+                )?;
+                report(
+                    &name,
+                    ended.map_or_else(Outcome::Failed, |()| Outcome::Passed),
+                );
             }
         }
     }
@@ -169,25 +161,10 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
                 continue;
             }
             let begun = Instant::now();
-            let (failed, lost) = loop {
-                let (failed, lost) = run_upstream(&mut host, &mut guest, *role, of_role);
-                let is_forced = || {
-                    let console = fs::read(&guest.console).unwrap_or_default();
-                    has_forced_interrupt(&String::from_utf8_lossy(&console))
-                };
-                if !lost || !is_forced() || boots.next().is_none() {
-                    break (failed, lost);
-                }
-                println!(
-                    "note: TCG has given the guest an interrupt that was disabled; begun again"
-                );
-                for (name, console) in consoles(&host, &guest) {
-                    let faults = kernel_faults(&console, without_hang)?;
-                    faults_of_lost.entry(name).or_default().extend(faults);
-                }
-                drop((guest, host));
-                (host, guest) = boot()?;
-            };
+            let (failed, lost) = machines.attempt(
+                |host, guest| pair(host, guest, *role).run_tests(of_role),
+                |(_, lost)| *lost,
+            )?;
             if options.repeat > 1 {
                 eprintln!(
                     "run {round} of {}, {role}: {} of {} tests ok, {:.1} s",
@@ -234,21 +211,115 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
     }
 
     if (options.wanted)(LIVE_MIGRATION) {
-        report(LIVE_MIGRATION, migrate(&mut host, &mut guest, options));
+        let outcome = machines.attempt(
+            |host, guest| migrate(host, guest, options),
+            |outcome| *outcome != Outcome::Passed,
+        )?;
+        report(LIVE_MIGRATION, outcome);
     }
 
-    report(DRIVER_REMOVAL, remove_driver(&guest));
-    for (name, console) in consoles(&host, &guest) {
-        let mut faults = faults_of_lost.remove(name).unwrap_or_default();
-        faults.extend(kernel_faults(&console, |log| log)?);
+    report(DRIVER_REMOVAL, remove_driver(&machines.guest));
+    for (name, faults) in machines.kernel_faults()? {
         let outcome = match faults.is_empty() {
             true => Outcome::Passed,
             false => Outcome::Failed(faults.join("\n")),
         };
         report(name, outcome);
     }
-    drop(host);
     Ok(())
+}
+
+/// The host and the guest, booted anew where the emulation of SVM has lost the guest.
+struct Machines<'a> {
+    env: &'a Env,
+    spec: GuestSpec,
+    host: NestedHost,
+    guest: NestedGuest,
+    boots_left: u32,
+    /// What the kernels of machines that were given up had found, by the test that is their verdict.
+    faults_of_lost: BTreeMap<&'static str, Vec<String>>,
+}
+
+impl<'a> Machines<'a> {
+    fn boot(env: &'a Env, options: &Options) -> Result<Self> {
+        let spec = GuestSpec {
+            cid: 3,
+            other_cid: Some(4),
+            driver: options.driver,
+        };
+        let (host, guest) = boot_anew_if_bad(|| boot_once(env, spec))?;
+        Ok(Self {
+            env,
+            spec,
+            host,
+            guest,
+            boots_left: BOOTS_ANEW + options.repeat / RUNS_BETWEEN_LOST_GUESTS,
+            faults_of_lost: BTreeMap::new(),
+        })
+    }
+
+    /// Does something with them, and once more where it `has_failed` because the emulation has lost the guest.
+    fn attempt<T>(
+        &mut self,
+        mut step: impl FnMut(&mut NestedHost, &mut NestedGuest) -> T,
+        has_failed: impl Fn(&T) -> bool,
+    ) -> Result<T> {
+        loop {
+            let result = step(&mut self.host, &mut self.guest);
+            if !has_failed(&result) || !self.begin_anew_if_emulation_failed()? {
+                return Ok(result);
+            }
+        }
+    }
+
+    /// Boots them anew if the guest does not answer, and by what QEMU and its kernel say that is for the emulation; returns
+    /// whether it was.
+    fn begin_anew_if_emulation_failed(&mut self) -> Result<bool> {
+        let answer = self.guest.agent.wait_ready(false, SIGN_OF_LIFE_LIMIT);
+        if answer.is_ok() {
+            return Ok(false);
+        }
+        let state = self.host.dump(&mut self.guest);
+        let state = state.unwrap_or_else(|error| format!("{error:#}"));
+        eprintln!("the guest does not answer; what QEMU says of it:\n{state}");
+        let console = fs::read(&self.guest.console).unwrap_or_default();
+        let why = if state.contains(EMULATION_FAILED) {
+            "KVM in the host could not emulate an instruction of the guest"
+        } else if has_forced_interrupt(&String::from_utf8_lossy(&console)) {
+            "TCG has given the guest an interrupt that was disabled"
+        } else {
+            return Ok(false);
+        };
+        let Some(boots_left) = self.boots_left.checked_sub(1) else {
+            return Ok(false);
+        };
+        println!("note: {why}; begun again");
+        self.boots_left = boots_left;
+        for (name, console) in consoles(&self.host, &self.guest) {
+            let faults = kernel_faults(&console, without_hang)?;
+            self.faults_of_lost.entry(name).or_default().extend(faults);
+        }
+        self.host.machine.switch_off();
+        (self.host, self.guest) = boot_anew_if_bad(|| boot_once(self.env, self.spec))?;
+        Ok(true)
+    }
+
+    /// What the kernels have found wrong, those that were given up included, by the test that is their verdict.
+    fn kernel_faults(self) -> Result<Vec<(&'static str, Vec<String>)>> {
+        let mut all_faults = Vec::new();
+        for (name, console) in consoles(&self.host, &self.guest) {
+            let of_lost = self.faults_of_lost.get(name).cloned().unwrap_or_default();
+            let faults = kernel_faults(&console, |log| log)?;
+            all_faults.push((name, [of_lost, faults].concat()));
+        }
+        Ok(all_faults)
+    }
+}
+
+fn boot_once(env: &Env, spec: GuestSpec) -> Result<(NestedHost, NestedGuest)> {
+    let mut host = NestedHost::boot(env, &[spec], &env.run_dir("host_tier")?)?;
+    let guest = host.start_guest(spec)?;
+    Ok((host, guest))
 }
 
 /// The host and the guest, for a program of upstream's.
@@ -280,24 +351,6 @@ fn pair<'a>(host: &'a NestedHost, guest: &'a NestedGuest, role: Role) -> Pair<'a
             limit: RUN_LIMIT,
         },
     }
-}
-
-/// Runs the tests `ids` of `vsock_test`. Gives those that failed, with what was said of them, and whether a machine was
-/// lost over them.
-fn run_upstream(
-    host: &mut NestedHost,
-    guest: &mut NestedGuest,
-    role: Role,
-    tests: &[&UpstreamTest],
-) -> (BTreeMap<u32, String>, bool) {
-    let (failed, lost) = pair(host, guest, role).run_tests(tests);
-    if lost {
-        let state = host
-            .dump(guest)
-            .unwrap_or_else(|error| format!("{error:#}"));
-        eprintln!("a machine does not answer; what QEMU says of the guest:\n{state}");
-    }
-    (failed, lost)
 }
 
 /// Migrates the guest, and says what came of it where that was asked for.

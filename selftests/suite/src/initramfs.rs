@@ -38,14 +38,19 @@ for word in $(cat /proc/cmdline); do
         ;;
     esac
 done
-for port in /sys/class/virtio-ports/*; do
-    [ "$(cat $port/name)" = agent ] || continue
-    if [ -x /usr/lib/systemd/systemd ]; then
-        # It has to be this process, and leaves alone what runs already.
-        vsock-guest-agent /dev/${port##*/} &
-        exec /usr/lib/systemd/systemd
-    fi
-    vsock-guest-agent /dev/${port##*/}
+# Ports of a bus whose driver is a module may be found later than its loading ends.
+for attempt in $(seq 600); do
+    for port in /sys/class/virtio-ports/*; do
+        [ "$(cat $port/name 2>/dev/null)" = agent ] || continue
+        if [ -x /usr/lib/systemd/systemd ]; then
+            # It has to be this process, and leaves alone what runs already.
+            vsock-guest-agent /dev/${port##*/} &
+            exec /usr/lib/systemd/systemd
+        fi
+        vsock-guest-agent /dev/${port##*/}
+        break 2
+    done
+    sleep 0.1
 done
 poweroff -f
 "#;

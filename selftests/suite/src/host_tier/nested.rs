@@ -28,7 +28,9 @@ use anyhow::{Context, Result};
 use crate::agent::{sh_ok, Agent};
 use crate::initramfs::{output_of, Initramfs};
 use crate::lab::{wait_for, LIMIT};
-use crate::machine::{find_program, Env, Kind, Machine, Port, BOOT_LIMIT, FIND_PORT};
+use crate::machine::{
+    find_program, BadBoot, Env, Kind, Machine, Port, BOOT_LIMIT, EMULATION_FAILED, FIND_PORT,
+};
 use crate::qmp::{MigrationFigures, Monitor};
 use crate::Driver;
 
@@ -196,6 +198,11 @@ impl NestedHost {
         let console = self.machine.port_file(&spec.console_port());
         if let Err(error) = agent.wait_ready(false, BOOT_LIMIT) {
             let said = self.qemu_says(spec.cid);
+            let error = if said.contains(EMULATION_FAILED) {
+                BadBoot::EmulationFailed.into()
+            } else {
+                error
+            };
             return Err(error).context(format!(
                 "{what} did not boot; QEMU in the nested host says: {said:?}; its console is {}",
                 console.display()
