@@ -66,11 +66,20 @@ install_prerequisites() {
     command -v apt-get >/dev/null ||
         die "this machine lacks ${missing[*]} and has no apt-get" "use a Debian machine, bookworm or later"
     say "  this machine lacks ${missing[*]}: installing"
-    # A machine that has just begun may be busy with updates of its own.
-    local patience=(-o DPkg::Lock::Timeout=300 -o "Acquire::Retries=$DOWNLOAD_RETRIES")
-    step "update the machine's package lists" apt-get "${patience[@]}" update
+    step "update the machine's package lists" update_machine_lists
     step "install ${missing[*]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get "${patience[@]}" install --yes --no-install-recommends "${missing[@]}"
+        apt-get -o DPkg::Lock::Timeout=300 -o "Acquire::Retries=$DOWNLOAD_RETRIES" \
+        install --yes --no-install-recommends "${missing[@]}"
+}
+
+# A machine that has just begun may be busy with updates of its own, and apt-get does not wait for the lists' lock.
+update_machine_lists() {
+    local attempt
+    for ((attempt = 1; attempt <= 10; attempt++)); do
+        ! apt-get update || return 0
+        sleep 10
+    done
+    return 1
 }
 
 # make_root NEW_FOLDER MIRROR PACKAGE...: without a mirror mmdebstrap takes Debian's default.

@@ -9,7 +9,8 @@ UPSTREAM_TESTS=(vsock_test vsock_perf vsock_diag_test vsock_uring_test)
 
 ensure_upstream_tests() {
     local new=$KERNEL_DIR/upstream.new
-    [[ ! $KERNEL_DIR/upstream -nt $SOURCE_DIR/selftests/upstream/libc_wrappers.c ]] || return 0
+    [[ ! $KERNEL_DIR/upstream -nt $SOURCE_DIR/selftests/upstream/libc_wrappers.c ||
+        ! $KERNEL_DIR/upstream -nt $SOURCE_DIR/scripts/lib/upstream-tests.sh ]] || return 0
     discard "$KERNEL_DIR/upstream"
     ensure_root
     ensure_kernel_source

@@ -115,7 +115,7 @@ pub(crate) struct State {
     pub(crate) guest_cid: u64,
     pub(crate) for_guest: VecDeque<ForGuest>,
     pub(crate) events: VecDeque<Vec<u8>>,
-    /// How many of `events`, the last ones, packets wait for.
+    /// So many of `events`, and all before them, come before the next packet.
     pub(crate) awaited_events: usize,
     /// Used entries that nobody asked for: queue and descriptor.
     pub(crate) forged_completions: VecDeque<(Queue, u16)>,
@@ -147,7 +147,7 @@ pub(crate) struct State {
 }
 
 impl State {
-    /// Whether there are packets, or an update, that the guest may get now.
+    /// Whether there are packets, or events before them, that the guest may get now.
     pub(crate) fn has_packets(&self) -> bool {
         !self.hold_rx && self.awaited_events == 0 && !self.for_guest.is_empty()
     }
@@ -436,7 +436,7 @@ impl Device {
         self.change(|state| state.manual = manual);
     }
 
-    /// Whether the device gives the guest no packets.
+    /// Whether the device gives the guest no packets, nor the events between them.
     pub fn hold_rx(&self, hold: bool) {
         self.change(|state| state.hold_rx = hold);
     }
@@ -498,7 +498,7 @@ impl Device {
 
     /// Ends all connections like [`transport_reset`](Device::transport_reset), and sends a packet after that; the driver is
     /// notified of the packet only.
-    pub fn transport_reset_behind(&self, packet: Packet, cid: u64) {
+    pub fn transport_reset_silently(&self, cid: u64, packet: Packet) {
         self.set_guest_cid(cid);
         self.change(|state| {
             state.push_transport_reset();

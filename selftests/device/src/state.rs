@@ -29,7 +29,7 @@ pub struct DeviceState {
     pub generation: u32,
     /// Events that wait for a buffer.
     pub events: Vec<ByteBuf>,
-    /// Updates that wait for these events, in parts.
+    /// Updates, in parts, and transport resets that wait for these events.
     pub updates: Vec<Vec<ByteBuf>>,
     /// Packets for the guest that no program of the host has to do with.
     pub for_guest: Vec<ByteBuf>,

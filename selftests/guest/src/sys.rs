@@ -12,7 +12,7 @@ const IOCTL_GET_LOCAL_CID: libc::Ioctl = 0x7b9;
 
 const SO_VM_SOCKETS_CONNECT_TIMEOUT: libc::c_int = 8;
 
-/// In seconds.
+/// In seconds. A non-blocking connect() keeps its socket so long, closed or not.
 const CONNECT_TIMEOUT_S: u64 = 240;
 
 /// The result of a system call that returns -1 for an error.

@@ -20,8 +20,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::agent::sh_ok;
-use crate::machine::{boot_anew_if_bad, faults, Env, EMULATION_FAILED};
-use crate::upstream::{self, Pair, Role, Side, OTHER_PROGRAMS};
+use crate::machine::{boot_anew_if_bad, faults, read_log, Env, EXIT_DURING_DELIVERY};
+use crate::upstream::{self, Pair, Role, Side, NOT_ENDED, OTHER_PROGRAMS};
 use crate::Driver;
 pub use live_migration::DEFAULT_MIGRATIONS;
 use nested::{GuestSpec, NestedGuest, NestedHost, HOST_ADDRESS};
@@ -56,7 +56,7 @@ pub struct Options<'a> {
     pub migrations: u32,
 }
 
-/// How often the nested host is booted anew in one run of all tests because of the emulation, at most.
+/// How often the nested host is booted anew in one run of all tests because the emulation has lost the guest, at most.
 const BOOTS_ANEW: u32 = 2;
 
 /// One more time for so many further runs.
@@ -124,7 +124,7 @@ pub fn list(env: &Env) -> Result<Vec<String>> {
 
 /// Runs the wanted tests in machines that it boots, and tells `report` of each in the order of [`list`].
 ///
-/// An error means that the machines could not be brought up, so that there is nothing to say about any test.
+/// An error means that the machines could not be brought up, so that there is nothing to say about the other tests.
 pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) -> Result<()> {
     let tests = upstream::tests(env)?;
     let mut wanted = BTreeMap::new();
@@ -161,10 +161,17 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
                 continue;
             }
             let begun = Instant::now();
-            let (failed, lost) = machines.attempt(
-                |host, guest| pair(host, guest, *role).run_tests(of_role),
+            let mut failed_before_loss = BTreeMap::new();
+            let (mut failed, lost) = machines.attempt(
+                |host, guest| {
+                    let (failed, lost) = pair(host, guest, *role).run_tests(of_role);
+                    let ended = failed.iter().filter(|(_, why)| !why.starts_with(NOT_ENDED));
+                    failed_before_loss.extend(ended.map(|(id, why)| (*id, why.clone())));
+                    (failed, lost)
+                },
                 |(_, lost)| *lost,
             )?;
+            failed.extend(failed_before_loss);
             if options.repeat > 1 {
                 eprintln!(
                     "run {round} of {}, {role}: {} of {} tests ok, {:.1} s",
@@ -218,7 +225,11 @@ pub fn run(env: &Env, options: &Options, report: &mut dyn FnMut(&str, Outcome)) 
         report(LIVE_MIGRATION, outcome);
     }
 
-    report(DRIVER_REMOVAL, remove_driver(&machines.guest));
+    let outcome = machines.attempt(
+        |_, guest| remove_driver(guest),
+        |outcome| *outcome != Outcome::Passed,
+    )?;
+    report(DRIVER_REMOVAL, outcome);
     for (name, faults) in machines.kernel_faults()? {
         let outcome = match faults.is_empty() {
             true => Outcome::Passed,
@@ -272,8 +283,8 @@ impl<'a> Machines<'a> {
         }
     }
 
-    /// Boots them anew if the guest does not answer, and by what QEMU and its kernel say that is for the emulation; returns
-    /// whether it was.
+    /// Boots them anew if the guest does not answer, and QEMU or the guest's trace shows the emulation to be at fault; returns
+    /// whether it did.
     fn begin_anew_if_emulation_failed(&mut self) -> Result<bool> {
         let answer = self.guest.agent.wait_ready(false, SIGN_OF_LIFE_LIMIT);
         if answer.is_ok() {
@@ -282,10 +293,9 @@ impl<'a> Machines<'a> {
         let state = self.host.dump(&mut self.guest);
         let state = state.unwrap_or_else(|error| format!("{error:#}"));
         eprintln!("the guest does not answer; what QEMU says of it:\n{state}");
-        let console = fs::read(&self.guest.console).unwrap_or_default();
-        let why = if state.contains(EMULATION_FAILED) {
-            "KVM in the host could not emulate an instruction of the guest"
-        } else if has_forced_interrupt(&String::from_utf8_lossy(&console)) {
+        let why = if state.contains(EXIT_DURING_DELIVERY) {
+            "by TCG's SVM the guest has exited while an interrupt was delivered to it"
+        } else if has_forced_interrupt(&read_log(&self.guest.console)) {
             "TCG has given the guest an interrupt that was disabled"
         } else {
             return Ok(false);

@@ -35,6 +35,7 @@ for word in $(cat /proc/cmdline); do
         port=/dev/${word#agent_port=}
         stty -F $port raw -echo
         vsock-guest-agent --announce $port
+        poweroff -f
         ;;
     esac
 done

@@ -29,9 +29,11 @@ const PEER_PORTS: u32 = 2;
 /// Each run of `vsock_test` has ports of its own, and this test is the last of its run.
 const LEAVES_REQUESTS: &str = "SOCK_STREAM transport change null-ptr-deref, lockdep warn";
 
-/// A test of 1 s's timeout says this where it is told of it 250 ms late, which is for the load of the processors: it is run
-/// once more.
+/// A test says this where its timeout of 1 s comes 250 ms late, as it may on busy processors: it is run once more.
 const TOLD_LATE: &str = "too much time in read(2)";
+
+/// What is said of a test that was not run to its end.
+pub const NOT_ENDED: &str = "did not come to its end";
 
 /// Upstream's other programs, which run all of their tests. The first wants that no other socket is there.
 pub const OTHER_PROGRAMS: [&str; 2] = ["vsock_diag_test", "vsock_uring_test"];
@@ -297,7 +299,7 @@ impl Pair<'_> {
             remaining.retain(|test| !done.contains(&test.id));
             if said.lost || nothing_done {
                 for test in &remaining {
-                    failed.insert(test.id, format!("did not come to its end{}", said.trouble));
+                    failed.insert(test.id, format!("{NOT_ENDED}{}", said.trouble));
                 }
                 return (failed, said.lost);
             }

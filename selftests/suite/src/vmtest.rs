@@ -17,9 +17,7 @@ use serde_json::json;
 
 use crate::agent::{sh, sh_ok, Ended};
 use crate::initramfs::Initramfs;
-use crate::machine::{
-    check_log, Env, Kind, Machine, Port, BOOT_LIMIT, EMULATION_FAILED, FIND_PORT,
-};
+use crate::machine::{check_log, Env, Kind, Machine, Port, BOOT_LIMIT, FIND_PORT};
 use crate::runner::{tail, Reporter};
 use crate::Driver;
 
@@ -30,6 +28,9 @@ const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 /// kernel hangs in it for ever, without a word: see the host tier. A test that was not ok and in which nothing was said
 /// for so long is run once more, on another host.
 const SILENCE: Duration = Duration::from_secs(90);
+
+/// Or QEMU in the host stops the guest with this, and vmtest.sh would wait for its SSH server for an hour.
+const EMULATION_FAILED: &str = "KVM internal error";
 
 /// After so long a silence the host is given up.
 const LONG_SILENCE: Duration = Duration::from_secs(400);
@@ -272,7 +273,6 @@ fn run_once(env: &Env, disk: &Path, tests: &[String], driver: Driver) -> Result<
             silence.longest = Duration::ZERO;
             said.push((name, outcome));
         }
-        // QEMU in the host has stopped the guest in the last case, and vmtest.sh would wait for its SSH server for an hour.
         let is_over = ended.is_some()
             || silence.since.elapsed() > LONG_SILENCE
             || log.contains(EMULATION_FAILED);

@@ -29,7 +29,8 @@ use crate::agent::{sh_ok, Agent};
 use crate::initramfs::{output_of, Initramfs};
 use crate::lab::{wait_for, LIMIT};
 use crate::machine::{
-    find_program, BadBoot, Env, Kind, Machine, Port, BOOT_LIMIT, EMULATION_FAILED, FIND_PORT,
+    faults, find_program, read_log, BadBoot, Env, Kind, Machine, Port, BOOT_LIMIT,
+    EXIT_DURING_DELIVERY, FIND_PORT,
 };
 use crate::qmp::{MigrationFigures, Monitor};
 use crate::Driver;
@@ -198,8 +199,9 @@ impl NestedHost {
         let console = self.machine.port_file(&spec.console_port());
         if let Err(error) = agent.wait_ready(false, BOOT_LIMIT) {
             let said = self.qemu_says(spec.cid);
-            let error = if said.contains(EMULATION_FAILED) {
-                BadBoot::EmulationFailed.into()
+            let has_fault = !faults(&read_log(&console)).is_empty();
+            let error = if said.contains(EXIT_DURING_DELIVERY) && !has_fault {
+                BadBoot::ExitDuringDelivery.into()
             } else {
                 error
             };

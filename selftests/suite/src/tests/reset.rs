@@ -464,7 +464,7 @@ pub fn request_before_event(lab: &Lab) -> Result<()> {
         peer.set_cids(HOST_CID, u64::from(cid));
         guest
             .device
-            .transport_reset_behind(peer.packet(Op::REQUEST), u64::from(cid));
+            .transport_reset_silently(u64::from(cid), peer.packet(Op::REQUEST));
         peer.expect(Op::RESPONSE)?;
         let new = guest.accept(listener)?;
         expect_eq("its address", guest.own_address(new)?, (cid, PORT))?;
@@ -472,7 +472,7 @@ pub fn request_before_event(lab: &Lab) -> Result<()> {
         expect_eq("what it reads", guest.recv(new, 5)?, "hello".to_owned())?;
         guest
             .device
-            .transport_reset_behind(peer.packet(Op::REQUEST), u64::from(cid));
+            .transport_reset_silently(u64::from(cid), peer.packet(Op::REQUEST));
         peer.expect(Op::RESPONSE)?;
         expect_reset(&guest, new)?;
         let newest = guest.accept(listener)?;
