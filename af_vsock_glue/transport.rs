@@ -32,8 +32,8 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     /// What the transport keeps for a socket.
     type Connection: Send + Sync + 'static;
 
-    /// The CID of this machine, [`Address::CID_ANY`] for none. Called under a mutex of the core; may not take
-    /// a socket's lock.
+    /// The CID of this machine, [`Address::CID_ANY`] for none. Called under a mutex of the core, and perhaps sockets' locks; may
+    /// not take a socket's lock.
     fn local_cid(&self) -> u32;
 
     /// A socket is given to the transport.
@@ -43,7 +43,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     fn release(self: ArcBorrow<'_, Self>, socket: &mut LockedSocket<'_>);
 
     /// The socket goes away, though others may have references to its connection: frees all buffers that were
-    /// [charged](SkBuff::charge_as_received) to it.
+    /// [charged](SkBuff::charge_as_received) to it. Called without the lock, perhaps in a softirq; may not sleep.
     fn free_received(connection: &Self::Connection);
 
     /// The time is up that [`LockedSocket::schedule_close`] was given.
@@ -141,10 +141,10 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     /// Whether a reader who waits for `low_water` bytes, or for a message, need not wait: poll() asks.
     fn is_readable(&self, connection: &Self::Connection, low_water: usize) -> bool;
 
-    /// Messages that can be received. May be called without the lock.
+    /// Messages that can be received. May be called without the lock, and may not sleep.
     fn readable_messages(connection: &Self::Connection) -> usize;
 
-    /// Bytes that can be received. May be called without the lock.
+    /// Bytes that can be received. May be called without the lock, and may not sleep.
     fn readable(connection: &Self::Connection) -> usize;
 
     /// Bytes that can be sent: a writer asks, who waits while it is 0. Not 0 where a message is to be tried.
@@ -156,7 +156,7 @@ pub(crate) trait Transport: Send + Sync + Sized + 'static {
     /// A writer that has found no room is about to wait for it.
     fn before_waiting_to_send(&self, connection: &Self::Connection);
 
-    /// Bytes that were sent but not taken by the device. May be called without the lock.
+    /// Bytes that were sent but not taken by the device. May be called without the lock, and may not sleep.
     fn unsent(connection: &Self::Connection) -> usize;
 
     /// The application changes the size of its receive buffer; returns what it becomes.

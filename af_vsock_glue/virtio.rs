@@ -56,7 +56,8 @@ pub(crate) trait Driver: Send + Sync + Sized + 'static {
     /// The device has used buffers of a queue. Called in hard interrupt context.
     fn queue_used(this: ArcBorrow<'_, Self>, queue: u32);
 
-    /// The device has changed its status or its configuration space. Called in hard interrupt context.
+    /// The device has changed its status or its configuration space. Called with a spinlock of virtio's and interrupts off: in
+    /// hard interrupt context, or, for a change that came during probe, freeze or restore, in process context after it.
     fn config_changed(this: ArcBorrow<'_, Self>);
 }
 

@@ -75,20 +75,21 @@ pub(crate) struct VsockDriver {
     /// The kinds of sockets that driver and device agreed on, a bit each; see [`Self::socket_types`].
     socket_types: Atomic<u32>,
 
-    /// Serialises probe, remove, freeze and restore.
+    /// Serialises probe, remove, freeze, restore and [`Self::check_device`].
     #[pin]
     device: Mutex<device::DeviceState>,
     #[pin]
     rx: Mutex<Option<rx::RxQueue>>,
     /// Receive buffers that were read.
     spare_buffers: Arc<spare_buffers::SpareBuffers<()>>,
-    /// The place in the receive queue up to which packets were handled, as updates of CIDs say it. Changed with the rx mutex.
+    /// The place in the receive queue up to which packets were handled, as updates of CIDs say it. Changed with the rx mutex,
+    /// or while there is no such queue.
     rx_handled: Atomic<u32>,
     /// How many transport resets there were, refused updates among them, modulo 2^32. Changed with the rx mutex.
     resets: Atomic<u32>,
     /// How many migrations there were. Changed with the events mutex.
     migrations: Atomic<u64>,
-    /// Whether an update of CIDs waits for packets to be handled. Changed with the rx mutex.
+    /// Whether an update of CIDs waits for packets to be handled. Changed with the rx mutex, or while there is no receive queue.
     update_waits: Atomic<bool>,
     #[pin]
     tx: tx::Tx,

@@ -87,9 +87,9 @@ statistics! {
     dropped_cid,
     /// Packets that make no sense in their connection's state, unknown operations among them.
     dropped_state,
-    /// Packets that could not be sent: the device is gone or broken.
+    /// Packets that could not be sent: the device is gone or broken, or its ring too small for the packet.
     dropped_tx,
-    /// Packets with an unknown socket type.
+    /// Packets with a socket type that is unknown, or was not negotiated.
     unknown_type,
     /// RST sent in answer to a REQUEST: nobody listens on its port, the listener can take no more, or its type is unknown.
     refused_requests,

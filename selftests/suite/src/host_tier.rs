@@ -3,7 +3,7 @@
 //! The host tier: the driver against the kernel's own `vhost_vsock`, by upstream's `vsock_test`, which knows nothing
 //! of this project.
 //!
-//! One boot of a host and of a guest on it serves all tests. `vsock_test` runs in both, once with the guest as server
+//! One boot of a host and of a guest on it serves all tests, unless the emulation loses the guest. `vsock_test` runs in both, once with the guest as server
 //! and once as client; each of its tests is one result of ours, in either role. `vsock_diag_test` and `vsock_uring_test`
 //! are one result each. Then the guest is migrated live, some times, to another QEMU on the host and back. The kernel
 //! logs of host and guest, and the removal of the driver afterwards, are results of their own.

@@ -15,6 +15,10 @@
 //! | [`upstream`] | upstream's test programs on two machines |
 //! | [`vmtest`] | upstream's vmtest.sh on a nested host |
 //! | [`update_times`] | how long updates of CIDs take |
+//! | [`instructions`] | how many instructions the guest executes for its data |
+//! | [`perf`] | upstream's vsock_perf in a machine |
+//! | [`qmp`] | QEMU's monitor |
+//! | [`pattern`] | data that shows where it is from |
 //! | [`runner`] | runs tests side by side and reports |
 //! | [`demo`] | the main job, shown |
 
