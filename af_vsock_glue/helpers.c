@@ -241,6 +241,12 @@ void vsock_glue_charge_more(struct sk_buff *skb, int size)
 	}
 }
 
+/* Makes a socket to which somebody has a reference the owner of a buffer, by a reference of the buffer's own. */
+bool vsock_glue_set_owner_sk(struct sk_buff *skb, struct sock *sk)
+{
+	return skb_set_owner_sk_safe(skb, sk);
+}
+
 void vsock_glue_orphan(struct sk_buff *skb)
 {
 	skb_orphan(skb);

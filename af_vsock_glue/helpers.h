@@ -84,6 +84,7 @@ unsigned int vsock_glue_tailroom(const struct sk_buff *skb);
 void vsock_glue_set_owner(struct sk_buff *skb, struct sock *sk);
 void vsock_glue_set_receiver(struct sk_buff *skb, struct sock *sk);
 void vsock_glue_charge_more(struct sk_buff *skb, int size);
+bool vsock_glue_set_owner_sk(struct sk_buff *skb, struct sock *sk);
 void vsock_glue_orphan(struct sk_buff *skb);
 void vsock_glue_recycle_received(struct sk_buff *skb);
 bool vsock_glue_recycle_sent(struct sk_buff *skb);

@@ -533,6 +533,16 @@ impl<C: Control<Direction = FromDevice>> SkBuff<C> {
         unsafe { bindings::vsock_glue_charge_more(self.as_raw(), size) }
     }
 
+    /// Makes a socket the buffer's owner, to which it has a reference from now on. ENOTCONN where nobody else has one. Callable in
+    /// atomic context.
+    pub(super) fn set_owner_with_reference(&self, socket: &Socket) -> Result {
+        // SAFETY: Both are valid, and the buffer nobody else's.
+        match unsafe { bindings::vsock_glue_set_owner_sk(self.as_raw(), socket.as_sock()) } {
+            true => Ok(()),
+            false => Err(ENOTCONN),
+        }
+    }
+
     /// Ends the charge of the buffer's memory to a socket.
     pub(crate) fn discharge(&mut self) {
         // SAFETY: The buffer is valid and nobody else's.

@@ -579,8 +579,10 @@ extern "C" fn read_skb<T: Transport>(vsk: Vsk, actor: bindings::skb_read_actor_t
             let actor = actor.ok_or(EINVAL)?;
             let mut taken: c_int = 0;
             while let Some(packet) = context.take_packet(socket, connection) {
+                // A program looks at the packet's owner for the addresses of the socket.
+                packet.set_owner_with_reference(socket)?;
                 let packet = packet.into_raw();
-                // Nothing of ours is shown to a program.
+                // Nothing of ours is shown to it.
                 bindings::vsock_glue_clear_cb(packet);
                 // The packet is the actor's, also where it fails.
                 match actor(socket.as_sock(), packet) {

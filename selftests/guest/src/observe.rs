@@ -152,8 +152,13 @@ pub fn redirect(from: RawFd, to: RawFd) -> Result<()> {
     const BPF_PROG_TYPE_SK_SKB: u32 = 14;
     const BPF_SK_SKB_VERDICT: u32 = 38;
     let (sources, targets) = (new_sockmap()?, new_sockmap()?);
-    // return bpf_sk_redirect_map(skb, targets, 0, 0), with the packet in register 1 already
-    let program: [u64; 6] = [
+    // return skb->family == AF_VSOCK ? bpf_sk_redirect_map(skb, targets, 0, 0) : SK_DROP, with the packet in register 1 already
+    const FAMILY_AT: u64 = 88;
+    let program: [u64; 10] = [
+        0x61 | (1 << 12) | (FAMILY_AT << 16), // r0 = family, which is that of the packet's owner
+        0x15 | (2 << 16) | ((libc::AF_VSOCK as u64) << 32), // skip two if r0 == AF_VSOCK
+        0xb7,                                 // r0 = SK_DROP
+        0x95,                                 // exit
         0x18 | (2 << 8) | (1 << 12) | ((targets as u64) << 32), // r2 = targets
         0,
         0xb7 | (3 << 8),   // r3 = 0
