@@ -170,7 +170,7 @@ impl VsockDriver {
     }
 
     /// Handles the next event; returns whether there was one. Sleeps, and takes sockets' locks.
-    fn handle_next_event(&self, events: &mut EventQueue) -> bool {
+    fn handle_next_event(self: &Arc<Self>, events: &mut EventQueue) -> bool {
         let Some(buffer) = events.queue.pop_received() else {
             return false;
         };
@@ -181,6 +181,10 @@ impl VsockDriver {
             events.post_again(buffer);
         }
         events.fill();
+        if events.posted == 0 {
+            // Whoever receives packets is not the one that tries again.
+            queue_work::<{ work::EVENTS }>(self.clone());
+        }
         true
     }
 
