@@ -298,7 +298,7 @@ impl Socket {
     /// instead. Sleeps, and takes their locks.
     ///
     /// A socket that is being connected, or whose connection ends, keeps its address, and so may one that is bound just
-    /// now; the next change of the CID finds these.
+    /// now; the next change of the CID finds these, or the next connect().
     pub(crate) fn change_bound_cid(new: u32) {
         let table = &raw mut bindings::vsock_bind_table;
         // SAFETY: The table's last list has the sockets that are not bound.
@@ -311,11 +311,15 @@ impl Socket {
                         table.cast::<bindings::list_head>().add(list),
                         1,
                         offset_of!(bindings::vsock_sock, bound_table),
-                        |vsk| Self::is_bound_to_other(vsk, new),
+                        |vsk| Self::is_bound_to_other(vsk, new) && Self::is_idle(vsk),
                     )
                 };
                 for socket in found.iter().flatten() {
-                    socket.lock().change_own_cid(new);
+                    let socket = socket.lock();
+                    // SAFETY: It is valid.
+                    if unsafe { Self::is_idle(socket.as_raw()) } {
+                        socket.change_own_cid(new);
+                    }
                 }
                 // None of these is found again: it was changed, or is no such socket any more.
                 if found.iter().any(Option::is_none) {
@@ -326,22 +330,29 @@ impl Socket {
     }
 
     /// Whether a socket is bound to a CID that is the guest's, as no other CID can be bound to, but not its present one
-    /// `cid`, and has no connection.
+    /// `cid`.
     ///
     /// # Safety
     ///
-    /// `vsk` is valid, and the lock of the tables held.
+    /// `vsk` is valid, and its lock or that of the tables held.
     unsafe fn is_bound_to_other(vsk: *mut bindings::vsock_sock, cid: u32) -> bool {
+        // SAFETY: As the caller promises: who changes the address has both locks.
+        let bound = unsafe { (*vsk).local_addr.svm_cid };
+        bound != cid
+            && bound != Address::CID_ANY
+            && bound != bindings::VMADDR_CID_LOCAL
+            && bound != bindings::VMADDR_CID_HOST
+    }
+
+    /// Whether a socket listens, or has no connection and is not about to have one.
+    ///
+    /// # Safety
+    ///
+    /// `vsk` is valid.
+    unsafe fn is_idle(vsk: *mut bindings::vsock_sock) -> bool {
         // SAFETY: As the caller promises; the state is read atomically.
-        unsafe {
-            let state = u32::from(bindings::vsock_glue_state(vsk.cast()));
-            let bound = (*vsk).local_addr.svm_cid;
-            bound != cid
-                && bound != Address::CID_ANY
-                && bound != bindings::VMADDR_CID_LOCAL
-                && bound != bindings::VMADDR_CID_HOST
-                && (state == bindings::TCP_LISTEN || state == bindings::TCP_CLOSE)
-        }
+        let state = u32::from(unsafe { bindings::vsock_glue_state(vsk.cast()) });
+        state == bindings::TCP_LISTEN || state == bindings::TCP_CLOSE
     }
 
     /// References to some of the sockets in a table's lists that match: to all, where there are at most
@@ -552,17 +563,18 @@ impl<'a> LockedSocket<'a> {
         }
     }
 
-    /// Gives the socket the CID `new` where it is bound to one that the guest had before and has no connection.
-    fn change_own_cid(&self, new: u32) {
+    /// Gives the socket, which has no connection, the CID `new` where it is bound to one that the guest had before. Takes
+    /// `vsock_table_lock` then; process context.
+    pub(crate) fn change_own_cid(&self, new: u32) {
         let vsk = self.as_raw();
-        // SAFETY: The lock is held, and that of the tables, whose readers compare addresses. The hash of an
+        // SAFETY: The lock is held, and for a change that of the tables, too, whose readers compare addresses. The hash of an
         // address is that of its port alone, so that the socket stays in its list.
         unsafe {
-            bindings::vsock_glue_table_lock();
             if Socket::is_bound_to_other(vsk, new) {
+                bindings::vsock_glue_table_lock();
                 (*vsk).local_addr.svm_cid = new;
+                bindings::vsock_glue_table_unlock();
             }
-            bindings::vsock_glue_table_unlock();
         }
     }
 

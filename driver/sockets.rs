@@ -89,6 +89,10 @@ impl Transport for VsockDriver {
             connection.begin_anew(u32::try_from(socket.buffer_size())?);
             socket.begin_anew();
         }
+        if let Some(cid) = self.guest_cid() {
+            // The answer will bear this one. (Without a device there will be none.)
+            socket.change_own_cid(cid.get());
+        }
         // Read before the request goes: a response to one of before a reset is never taken for one to a request of after it.
         connection.note_request(self.resets.load(Acquire));
         self.send_control(socket, connection, ControlPacket::of(Op::Request))

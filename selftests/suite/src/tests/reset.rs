@@ -105,9 +105,21 @@ pub fn bound_sockets_follow(lab: &Lab) -> Result<()> {
         reset_to(cid)?;
     }
     // No CID for a while: the sockets stay as they are, and have the next one.
+    let connecting = guest.socket(STREAM)?;
+    guest.bind(connecting, GUEST_CID + 1, PORT + 3)?;
     guest.device.transport_reset(0);
     wait_for_cid(&guest, u32::MAX)?;
-    reset_to(GUEST_CID + 3)
+    let connected = guest.connect(connecting, HOST_CID as u32, PORT);
+    expect_errno("connect()", connected, "ENODEV")?;
+    reset_to(GUEST_CID + 3)?;
+    // One that has tried to connect has it when it tries again.
+    let _host = guest.host_listener(PORT)?;
+    guest.connect(connecting, HOST_CID as u32, PORT)?;
+    expect_eq(
+        "the address of the socket that has tried",
+        guest.own_address(connecting)?,
+        (GUEST_CID + 3, PORT + 3),
+    )
 }
 
 /// With the same CID, as after a snapshot; calls that block at that moment end, unread and unsent data is gone.
