@@ -358,6 +358,9 @@ impl VsockDriver {
 
     /// What `error` of sending is to an application that has a connection: where the device has gone, or its virtqueue is
     /// broken, that has gone too.
+    ///
+    /// The application does not count as told by this: a call that has sent a part returns how much, and no error. So the next
+    /// call fails as well.
     pub(super) fn error_of_connection(
         &self,
         socket: &LockedSocket<'_>,
@@ -369,9 +372,7 @@ impl VsockDriver {
         }
         // Whoever takes the device away comes to this socket later, and to what waits.
         self.reset_connection(socket, connection, &self.statistics.resets_by_device_loss);
-        tell_of_reset(socket, connection)
-            .err()
-            .unwrap_or(ECONNRESET.into())
+        ECONNRESET.into()
     }
 
     /// Says goodbye to the peer of a socket that is being closed.
