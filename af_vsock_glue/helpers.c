@@ -241,7 +241,7 @@ void vsock_glue_charge_more(struct sk_buff *skb, int size)
 	}
 }
 
-/* Makes a socket to which somebody has a reference the owner of a buffer, by a reference of the buffer's own. */
+/* Makes a socket a buffer's owner, to which that has a reference from now on. */
 bool vsock_glue_set_owner_sk(struct sk_buff *skb, struct sock *sk)
 {
 	return skb_set_owner_sk_safe(skb, sk);
