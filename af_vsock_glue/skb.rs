@@ -6,6 +6,7 @@
 
 use super::{
     bindings,
+    errno::ENOTCONN,
     message::{MessageDest, MessageSource, ZeroCopy},
     socket::Socket,
 };
@@ -539,7 +540,7 @@ impl<C: Control<Direction = FromDevice>> SkBuff<C> {
         // SAFETY: Both are valid, and the buffer nobody else's.
         match unsafe { bindings::vsock_glue_set_owner_sk(self.as_raw(), socket.as_sock()) } {
             true => Ok(()),
-            false => Err(ENOTCONN),
+            false => Err(ENOTCONN.into()),
         }
     }
 
