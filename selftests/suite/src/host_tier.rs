@@ -3,10 +3,10 @@
 //! The host tier: the driver against the kernel's own `vhost_vsock`, by upstream's `vsock_test`, which knows nothing
 //! of this project.
 //!
-//! One boot of a host and of a guest on it serves all tests, unless the emulation loses the guest. `vsock_test` runs in both, once with the guest as server
-//! and once as client; each of its tests is one result of ours, in either role. `vsock_diag_test` and `vsock_uring_test`
-//! are one result each. Then the guest is migrated live, some times, to another QEMU on the host and back. The kernel
-//! logs of host and guest, and the removal of the driver afterwards, are results of their own.
+//! One boot of a host and of a guest on it serves all tests, unless the emulation loses the guest. `vsock_test` runs in both,
+//! once with the guest as server and once as client; each of its tests is one result of ours, in either role. `vsock_diag_test`
+//! and `vsock_uring_test` are one result each. Then the guest is migrated live, some times, to another QEMU on the host and
+//! back. The kernel logs of host and guest, and the removal of the driver afterwards, are results of their own.
 
 mod live_migration;
 mod nested;
@@ -315,12 +315,12 @@ impl<'a> Machines<'a> {
     }
 
     /// What the kernels have found wrong, those that were given up included, by the test that is their verdict.
-    fn kernel_faults(self) -> Result<Vec<(&'static str, Vec<String>)>> {
+    fn kernel_faults(mut self) -> Result<Vec<(&'static str, Vec<String>)>> {
         let mut all_faults = Vec::new();
         for (name, console) in consoles(&self.host, &self.guest) {
-            let of_lost = self.faults_of_lost.get(name).cloned().unwrap_or_default();
-            let faults = kernel_faults(&console, |log| log)?;
-            all_faults.push((name, [of_lost, faults].concat()));
+            let mut faults = self.faults_of_lost.remove(name).unwrap_or_default();
+            faults.extend(kernel_faults(&console, |log| log)?);
+            all_faults.push((name, faults));
         }
         Ok(all_faults)
     }
