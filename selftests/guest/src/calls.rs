@@ -76,6 +76,14 @@ struct SendBytes {
 }
 
 #[derive(Deserialize)]
+struct SendHeldBack {
+    fd: RawFd,
+    len: usize,
+    there: usize,
+    userfaultfd: RawFd,
+}
+
+#[derive(Deserialize)]
 struct Pieces {
     fd: RawFd,
     pieces: usize,
@@ -227,6 +235,16 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
                 flags,
             } = params(given)?;
             json!(messages::send_bytes(fd, len, readable, flags)?)
+        }
+        "userfaultfd" => json!(messages::userfaultfd()?),
+        "send_held_back" => {
+            let SendHeldBack {
+                fd,
+                len,
+                there,
+                userfaultfd,
+            } = params(given)?;
+            json!(messages::send_held_back(fd, len, there, userfaultfd)?)
         }
         "recv_message" => {
             let Receive { fd, len, flags } = params(given)?;

@@ -1,11 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Single messages: out of memory of which a part cannot be read, and with the flags that they come with.
+//! Single messages: out of memory of which a part cannot be read, or not yet, and with the flags that they come with.
 
 use std::io;
 use std::os::fd::RawFd;
 
 use anyhow::{ensure, Result};
+use linux_raw_sys::general::{
+    uffdio_api, uffdio_range, uffdio_register, UFFDIO_REGISTER_MODE_MISSING, UFFD_API,
+};
+use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_REGISTER};
 use serde_json::{json, Value};
 
 use crate::sys::{check, check_size, iovec, message};
@@ -62,6 +66,47 @@ pub fn send_bytes(fd: RawFd, len: usize, readable: Option<usize>, flags: i32) ->
             check(libc::mprotect(unreadable, len - readable, libc::PROT_NONE))?;
         }
         let sent = libc::send(fd, mapping.start, len, flags | libc::MSG_NOSIGNAL);
+        Ok(check_size(sent)?)
+    }
+}
+
+/// Makes a userfaultfd. It is readable while a thread waits for memory that it holds back, and closing it gives the memory.
+pub fn userfaultfd() -> Result<RawFd> {
+    let mut api = uffdio_api {
+        api: UFFD_API.into(),
+        features: 0,
+        ioctls: 0,
+    };
+    // SAFETY: No pointers, and then one to what the ioctl reads and writes.
+    unsafe {
+        let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
+        let fd = check(libc::syscall(libc::SYS_userfaultfd, flags) as libc::c_int)?;
+        check(libc::ioctl(fd, UFFDIO_API as libc::Ioctl, &raw mut api))?;
+        Ok(fd)
+    }
+}
+
+/// Sends `len` bytes with one call, of which those from `there` on, a whole number of pages, are held back by a userfaultfd.
+pub fn send_held_back(fd: RawFd, len: usize, there: usize, userfaultfd: RawFd) -> Result<usize> {
+    ensure!(there <= len, "{there} of {len} bytes are there");
+    let mapping = Mapping::new(len)?;
+    let mut held_back = uffdio_register {
+        range: uffdio_range {
+            start: (mapping.start.addr() + there) as u64,
+            len: (len - there) as u64,
+        },
+        mode: UFFDIO_REGISTER_MODE_MISSING.into(),
+        ioctls: 0,
+    };
+    // SAFETY: The mapping is as long, and nobody writes to the part that is held back.
+    unsafe {
+        mapping.start.cast::<u8>().write_bytes(FILLING, there);
+        check(libc::ioctl(
+            userfaultfd,
+            UFFDIO_REGISTER as libc::Ioctl,
+            &raw mut held_back,
+        ))?;
+        let sent = libc::send(fd, mapping.start, len, libc::MSG_NOSIGNAL);
         Ok(check_size(sent)?)
     }
 }

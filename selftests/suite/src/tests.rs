@@ -104,8 +104,8 @@ tests! {
     sharing: fairness, order_is_kept, memory_of_small_packets, cpu_in_a_flood;
     namespaces: global_mode, local_mode, deletion;
     hardware: ring_sizes, without_ring_features, zero_copy, kinds_of_sockets, platform_dma, full_bounce_pool, mmio, needs_reset;
-    lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, remove_while_in_use, unbind_in_a_loop,
-        hotplug, two_devices, suspend;
+    lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, unbind_within_a_send, remove_while_in_use,
+        unbind_in_a_loop, hotplug, two_devices, suspend;
     upstream: vsock_test, vsock_diag_test, vsock_uring_test;
     observe: counters, queue_lengths, spare_buffers, vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics,
         sockmap;

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
+use vsock_device::Op;
 
 use super::stream::exchange_over_the_bridge;
-use crate::agent::{sh, Pending};
+use crate::agent::{sh, Ended, Pending};
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, CID_ANY, GUEST_CID, LIMIT, PORT, STREAM,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, CID_ANY, GUEST_CID, LIMIT, PORT, STREAM,
 };
 use crate::machine::Hardware;
 use crate::Driver;
@@ -137,6 +138,40 @@ pub fn unbind_with_traffic(lab: &Lab) -> Result<()> {
     let _stream = guest.connect_from_host(PORT)?;
     guest.accept(listener)?;
     Ok(())
+}
+
+/// The device is taken away while a send() that has sent a part waits for memory: the call says how much it has sent, so the
+/// next one has to say that the connection is lost.
+pub fn unbind_within_a_send(lab: &Lab) -> Result<()> {
+    /// What a packet carries at most.
+    const PACKET: usize = 64 * 1024;
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    // It sends nothing by itself: what waits for the socket, which is locked, holds up the driver, and so what unbinds it.
+    let mut peer = Peer::watch(&guest);
+    peer.set_credit(4 * PACKET as u32, 0);
+    peer.send(Op::REQUEST);
+    peer.expect(Op::RESPONSE)?;
+    let fd = guest.accept(listener)?;
+    let userfaultfd: i32 = guest.start("userfaultfd", json!({})).wait(LIMIT)?;
+    let sending = guest.start(
+        "send_held_back",
+        json!({"fd": fd, "len": 3 * PACKET, "there": PACKET, "userfaultfd": userfaultfd}),
+    );
+    expect_eq(
+        "what the userfaultfd is while send() waits for memory",
+        guest.poll(userfaultfd, libc::POLLIN, LIMIT)?,
+        libc::POLLIN,
+    )?;
+    let unbinding = guest.start("sh", json!({"script": UNBIND}));
+    wait_for("the guest to be without a CID", || {
+        Ok(guest.local_cid()? == CID_ANY)
+    })?;
+    guest.close(userfaultfd)?;
+    expect_eq("bytes sent", sending.wait::<usize>(LIMIT)?, PACKET)?;
+    expect_errno("recv()", guest.recv(fd, 1), "ECONNRESET")?;
+    let unbound: Ended = unbinding.wait(LIMIT)?;
+    expect_eq("how unbinding ended", unbound.status, 0)
 }
 
 /// rmmod is refused while sockets use the driver, works when they are closed, whether there is a device or not, and the module
@@ -280,7 +315,7 @@ pub fn suspend(lab: &Lab) -> Result<()> {
         let busy = Busy::start(&guest)?;
         let suspending = guest.start("sh", json!({"script": "echo mem >/sys/power/state"}));
         monitor.wake_when_suspended()?;
-        let ended: crate::agent::Ended = suspending.wait(LIMIT)?;
+        let ended: Ended = suspending.wait(LIMIT)?;
         expect_eq("how suspending ended", ended.status, 0)?;
         let listener = busy.expect_reset(&guest)?;
         expect_eq("the CID", guest.local_cid()?, GUEST_CID)?;
