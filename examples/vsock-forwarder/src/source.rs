@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
@@ -67,10 +68,49 @@ impl Source {
             if len > 0 {
                 return Ok(len);
             }
-            if file.metadata()?.len() < file.stream_position()? {
+            let metadata = file.metadata()?;
+            if metadata.len() < file.stream_position()? {
                 bail!("{} has become shorter", path.display());
+            }
+            // Without a file of that name one may be about to come.
+            if let Ok(now) = path.metadata() {
+                if (now.dev(), now.ino()) != (metadata.dev(), metadata.ino()) {
+                    bail!("{} was replaced", path.display());
+                }
             }
             sleep(INTERVAL);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn a_replaced_file_is_read_to_its_end_and_told_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let [path, old] = ["log", "log.1"].map(|name| folder.path().join(name));
+        fs::write(&path, "before").unwrap();
+        let mut source = Source::open(&path).unwrap();
+        fs::rename(&path, &old).unwrap();
+        fs::write(&path, "as long").unwrap();
+        let mut buffer = [0; 9];
+        assert_eq!(source.read(&mut buffer).unwrap(), 6);
+        let error = source.read(&mut buffer).unwrap_err().to_string();
+        assert!(error.ends_with("log was replaced"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_becomes_shorter_is_told_of() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log");
+        fs::write(&path, "before").unwrap();
+        let mut source = Source::open(&path).unwrap();
+        source.skip(6).unwrap();
+        fs::write(&path, "now").unwrap();
+        let error = source.read(&mut [0; 9]).unwrap_err().to_string();
+        assert!(error.ends_with("log has become shorter"), "{error}");
     }
 }
