@@ -89,6 +89,8 @@ pub(crate) struct Directions(u32);
 impl Directions {
     /// Neither.
     pub(crate) const NONE: Self = Self(0);
+    /// Receiving (`RCV_SHUTDOWN`).
+    pub(crate) const RECEIVE: Self = Self(bindings::RCV_SHUTDOWN);
     /// Sending (`SEND_SHUTDOWN`).
     pub(crate) const SEND: Self = Self(bindings::SEND_SHUTDOWN);
     /// Both (`SHUTDOWN_MASK`).
@@ -295,11 +297,12 @@ impl Socket {
     }
 
     /// Gives all sockets that are bound to a CID that the guest had before, and have no connection, the CID `new`
-    /// instead. Sleeps, and takes their locks.
+    /// instead; also those that `T` is connecting, as the answer comes to the guest's present CID. Sleeps, and takes their
+    /// locks.
     ///
-    /// A socket that is being connected, or whose connection ends, keeps its address, and so may one that is bound just
-    /// now; the next change of the CID finds these, or the next connect().
-    pub(crate) fn change_bound_cid(new: u32) {
+    /// A socket whose connection ends keeps its address, and so may one that is bound just now; the next change of the CID
+    /// finds these, or the next connect().
+    pub(crate) fn change_bound_cid<T: Transport>(new: u32) {
         let table = &raw mut bindings::vsock_bind_table;
         // SAFETY: The table's last list has the sockets that are not bound.
         let lists = unsafe { (*table).len() } - 1;
@@ -311,13 +314,13 @@ impl Socket {
                         table.cast::<bindings::list_head>().add(list),
                         1,
                         offset_of!(bindings::vsock_sock, bound_table),
-                        |vsk| Self::is_bound_to_other(vsk, new) && Self::is_idle(vsk),
+                        |vsk| Self::is_bound_to_other(vsk, new) && Self::is_unconnected::<T>(vsk),
                     )
                 };
                 for socket in found.iter().flatten() {
                     let socket = socket.lock();
                     // SAFETY: It is valid.
-                    if unsafe { Self::is_idle(socket.as_raw()) } {
+                    if unsafe { Self::is_unconnected::<T>(socket.as_raw()) } {
                         socket.change_own_cid(new);
                     }
                 }
@@ -336,23 +339,31 @@ impl Socket {
     ///
     /// `vsk` is valid, and its lock or that of the tables held.
     unsafe fn is_bound_to_other(vsk: *mut bindings::vsock_sock, cid: u32) -> bool {
-        // SAFETY: As the caller promises: who changes the address has both locks.
-        let bound = unsafe { (*vsk).local_addr.svm_cid };
+        // SAFETY: As the caller promises. Who changes the address has both locks, but for the loopback transport, which has that
+        // of the socket: so it is read as a whole.
+        let bound = unsafe { ptr::read_volatile(&raw const (*vsk).local_addr.svm_cid) };
         bound != cid
             && bound != Address::CID_ANY
             && bound != bindings::VMADDR_CID_LOCAL
             && bound != bindings::VMADDR_CID_HOST
     }
 
-    /// Whether a socket listens, or has no connection and is not about to have one.
+    /// Whether a socket listens, or has no connection and is about to have one by transport `T` or none.
     ///
     /// # Safety
     ///
-    /// `vsk` is valid.
-    unsafe fn is_idle(vsk: *mut bindings::vsock_sock) -> bool {
+    /// `vsk` is valid, and `T` stays registered: the caller has its device.
+    unsafe fn is_unconnected<T: Transport>(vsk: *mut bindings::vsock_sock) -> bool {
         // SAFETY: As the caller promises; the state is read atomically.
-        let state = u32::from(unsafe { bindings::vsock_glue_state(vsk.cast()) });
-        state == bindings::TCP_LISTEN || state == bindings::TCP_CLOSE
+        match u32::from(unsafe { bindings::vsock_glue_state(vsk.cast()) }) {
+            bindings::TCP_LISTEN | bindings::TCP_CLOSE => true,
+            // SAFETY: As the caller promises. The pointer, which is compared only, is read as a whole; it changes with the
+            // socket's lock, so without that it may be of the moment before.
+            bindings::TCP_SYN_SENT => unsafe {
+                transport::is_ours::<T>(ptr::read_volatile(&raw const (*vsk).transport))
+            },
+            _ => false,
+        }
     }
 
     /// References to some of the sockets in a table's lists that match: to all, where there are at most

@@ -433,9 +433,12 @@ impl Connection {
         self.guest_cid.store(cid.get(), Relaxed);
     }
 
-    /// Notes that the peer is asked for a connection, after so many transport resets. Needs the socket's lock.
+    /// Notes that the peer is asked for a connection, after so many transport resets. Needs the socket's lock; takes the
+    /// connection lock.
     pub(crate) fn note_request(&self, resets: u32) {
         self.resets_before.store(resets, Relaxed);
+        // The application may have shut down an attempt of before, which has failed.
+        self.state.lock().shutdown_sent = 0;
     }
 
     /// How many transport resets there had been when the peer was asked for a connection.

@@ -322,10 +322,10 @@ impl VsockDriver {
         migration
     }
 
-    /// Gives sockets that are bound to a CID that the guest had its present one. Sleeps, and takes sockets'
+    /// Gives sockets without a connection that are bound to a CID that the guest had its present one. Sleeps, and takes sockets'
     /// locks. The caller has the rx mutex, or begins to use a device.
     pub(super) fn let_bound_sockets_follow(&self, cid: Cid) {
-        Socket::change_bound_cid(cid.get());
+        Socket::change_bound_cid::<Self>(cid.get());
     }
 
     /// Resets all connections, which `cause` counts, and returns how many there were. Sleeps, and takes sockets' locks.

@@ -18,7 +18,7 @@ use crate::{
     af_vsock_glue::{
         errno::{ECONNREFUSED, ECONNRESET, ENOBUFS, EPROTO},
         monitor::{self, Direction},
-        skb::{SkBuff, SkBuffQueue},
+        skb::{wipes_freed_memory, SkBuff, SkBuffQueue},
         socket::{Address, Directions, LockedSocket, Socket, SocketKind, SocketState},
         virtio::{LiveDevice, RawQueue, Virtqueue},
         workqueue::cond_resched,
@@ -51,6 +51,8 @@ pub(crate) struct RxQueue {
     posted: u32,
     /// Buffers whose packets were of use to nobody but the driver, to be given to the device again.
     emptied: SkBuffQueue<()>,
+    /// Whether there may be any: not where memory is to be wiped when nobody needs it.
+    keeps_emptied: bool,
     /// Those that readers have emptied. Kept while there is this queue.
     spare_buffers: Arc<SpareBuffers<()>>,
     /// Behind the buffers that were taken out.
@@ -74,6 +76,7 @@ impl RxQueue {
             queue,
             posted: 0,
             emptied: SkBuffQueue::new(),
+            keeps_emptied: !wipes_freed_memory(),
             spare_buffers,
             place,
             has_updates,
@@ -130,6 +133,15 @@ impl RxQueue {
             self.posted += 1;
         }
         self.queue.kick();
+    }
+
+    /// Takes back a buffer whose packet nobody needs any more.
+    fn take_back(&mut self, emptied: SkBuff<()>) {
+        if self.keeps_emptied {
+            self.emptied.push_back(emptied.recycle_received());
+        } else {
+            emptied.consume();
+        }
     }
 
     fn fill_if_low(&mut self) {
@@ -209,8 +221,9 @@ impl VsockDriver {
                 }
                 match packet {
                     Ok(packet) => {
-                        let emptied = self.receive(packet);
-                        rx.emptied.extend(emptied.map(SkBuff::recycle_received));
+                        if let Some(emptied) = self.receive(packet) {
+                            rx.take_back(emptied);
+                        }
                     }
                     Err(_) => self.statistics.dropped_long.increment(),
                 }
@@ -313,9 +326,13 @@ impl VsockDriver {
         if !matches!(header.op, Op::Response | Op::Rst) {
             return;
         }
-        let Some(flow) = Flow::of(header) else {
+        let Some(mut flow) = Flow::of(header) else {
             return;
         };
+        if let Some(cid) = self.guest_cid() {
+            // Which a socket that is bound to the guest's CID has by now, too.
+            flow.local.cid = cid.get();
+        }
         let Some(socket) = Socket::find_bound(flow.local) else {
             return;
         };
@@ -389,6 +406,9 @@ impl VsockDriver {
                 if connection.resets_before() != self.resets.load(Relaxed) {
                     // The response may be of before the reset, and the connection have ended with that.
                     self.probe(socket, connection);
+                } else {
+                    // The buffer may have grown since the request.
+                    self.send_wanted_credit_update(socket, connection, socket.low_water());
                 }
             }
             Step::FailConnect { error, reply } => {

@@ -96,6 +96,11 @@ impl Transport for VsockDriver {
         // Read before the request goes: a response to one of before a reset is never taken for one to a request of after it.
         connection.note_request(self.resets.load(Acquire));
         self.send_control(socket, connection, ControlPacket::of(Op::Request))
+            .map_err(|error| match error == EIO {
+                // A device that is broken is about to be gone.
+                true => ENODEV,
+                false => error,
+            })
     }
 
     fn cancel(self: ArcBorrow<'_, Self>, socket: &LockedSocket<'_>) {
@@ -439,8 +444,10 @@ impl VsockDriver {
 
 /// Bytes that can be sent, where the connection has `room`.
 fn room_in(socket: &LockedSocket<'_>, connection: &Connection, room: u32) -> usize {
-    if connection.reset_state() != ResetState::No {
-        // Nobody waits for room in a connection that was reset.
+    let is_over = connection.reset_state() != ResetState::No
+        || socket.peer_shutdown().contains(Directions::RECEIVE);
+    if is_over {
+        // Nobody is to wait for room in a connection that was reset, or whose peer reads no more.
         return room.max(1) as usize;
     }
     // After the connection's count, which has the barrier for who waits for fewer.

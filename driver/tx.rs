@@ -553,7 +553,7 @@ impl VsockDriver {
         packet: ControlPacket,
     ) -> Result {
         let control = Outgoing::control(connection, packet.is_reply);
-        let packet = self.make_control(socket, &connection, packet, control)?;
+        let packet = self.make_control(socket, &connection, packet.op, packet.flags, control)?;
         self.transmit_control(&connection, packet)
     }
 
@@ -580,10 +580,11 @@ impl VsockDriver {
         &self,
         socket: &LockedSocket<'_>,
         connection: &Connection,
-        packet: ControlPacket,
+        op: Op,
+        flags: u32,
         control: Outgoing,
     ) -> Result<OutgoingPacket> {
-        let header = self.header(socket, connection, packet.op, packet.flags, 0)?;
+        let header = self.header(socket, connection, op, flags, 0)?;
         SkBuff::outgoing(
             Some(socket),
             &header.to_bytes(),
@@ -614,8 +615,8 @@ impl VsockDriver {
     ) {
         let replaces_waiting = connection.has_many_waiting_updates();
         let control = Outgoing::credit_update(connection, is_reply);
-        let packet = ControlPacket::of(Op::CreditUpdate);
-        let Ok(update) = self.make_control(socket, &connection, packet, control) else {
+        let Ok(update) = self.make_control(socket, &connection, Op::CreditUpdate, 0, control)
+        else {
             return;
         };
         if replaces_waiting {
@@ -673,6 +674,15 @@ impl VsockDriver {
         let is_reply = packet.control().is_reply();
         // The lock is released at the end of this statement.
         let sent = self.tx.state.lock().push_or_wait(packet, may_batch);
+        self.note_sent(sent, is_reply)
+    }
+
+    /// Counts a packet that waits for the device, or is freed as there is none that works. May sleep; not with the tx lock.
+    fn note_sent(
+        &self,
+        sent: Result<Sent, (OutgoingPacket, Error)>,
+        is_reply: bool,
+    ) -> Result<Sent> {
         match sent {
             Ok(sent) => {
                 if let Sent::Waits = sent {
@@ -807,8 +817,8 @@ impl VsockDriver {
         };
         let sent = state.push_or_wait(packet, false);
         drop(state);
-        // Where the device is broken or gone the packet is freed here, outside of the lock.
-        drop(sent);
+        // Without a device that works there is nobody to tell.
+        let _ = self.note_sent(sent, false);
         connection.advertised();
     }
 
@@ -835,7 +845,7 @@ impl VsockDriver {
         let Ok(packet) = self.control_nofail(socket, connection, Op::CreditUpdate, true) else {
             return;
         };
-        // Only the device can be missing.
+        // Without a device that works there is nobody to tell.
         let _ = self.transmit(packet);
         connection.advertised();
     }
@@ -847,7 +857,7 @@ impl VsockDriver {
             &header.to_bytes(),
             Outgoing::unconnected_reply(),
         );
-        // Only the device can be missing.
+        // Without a device that works there is nobody to tell.
         let _ = self.transmit(packet);
     }
 

@@ -175,7 +175,7 @@ impl VsockDriver {
             }
             cond_resched();
         }
-        self.release(sockets);
+        put_sockets(sockets);
         self.cancel_waiting_of_reset_connections();
         self.readdress_waiting_requests(update.new_guest_cid);
         self.let_bound_sockets_follow(update.new_guest_cid);
@@ -193,14 +193,6 @@ impl VsockDriver {
         migration.kept = u32::try_from(kept).unwrap_or(u32::MAX);
         device.announce(&migration);
         Ok(())
-    }
-
-    /// Gives up many references to sockets.
-    fn release(&self, sockets: KVVec<ARef<Socket>>) {
-        for socket in sockets {
-            drop(socket);
-            cond_resched();
-        }
     }
 
     /// Lets a connection go on that is listed, resets any other. `None` where there was no connection any more.
@@ -248,6 +240,14 @@ impl VsockDriver {
             self.statistics.rst_no_connection.increment();
             cond_resched();
         }
+    }
+}
+
+/// Gives up many references to sockets. Sleeps.
+fn put_sockets(sockets: KVVec<ARef<Socket>>) {
+    for socket in sockets {
+        drop(socket);
+        cond_resched();
     }
 }
 

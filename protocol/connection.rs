@@ -117,6 +117,8 @@ pub fn step(state: State, peer_shutdown: u32, header: &Header) -> Step {
             Step::PeerShutdown(peer_shutdown | (header.flags & SHUTDOWN_BOTH))
         }
         (State::Established, Op::Rst) => Step::PeerClosed,
+        // What the peer has sent on the connection that it has closed can be read yet.
+        (State::Established, Op::Request) if peer_shutdown == SHUTDOWN_BOTH => Step::Refuse,
         (State::Established, Op::Request) => Step::PeerForgot,
         (State::Established, Op::Response | Op::Unknown(_)) => Step::Drop,
 

@@ -46,6 +46,13 @@ const REFUSED: Step = Step::FailConnect {
 };
 
 #[test]
+fn a_request_of_a_peer_that_has_closed_leaves_what_can_be_read() {
+    let request = packet(Op::Request);
+    let step = step(State::Established, SHUTDOWN_BOTH, &request);
+    assert_eq!(step, Step::Refuse);
+}
+
+#[test]
 fn every_state_takes_every_op() {
     use Step::*;
     // One column for each of STATES.

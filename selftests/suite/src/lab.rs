@@ -50,6 +50,9 @@ pub const A_WHILE: Duration = Duration::from_millis(700);
 /// `VMADDR_CID_ANY`.
 pub const CID_ANY: u32 = u32::MAX;
 
+/// `VMADDR_PORT_ANY`: `bind()` takes one that is free.
+pub const PORT_ANY: u32 = u32::MAX;
+
 /// The CID of a test's first guest; the others follow.
 pub const GUEST_CID: u32 = 3;
 

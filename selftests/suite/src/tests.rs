@@ -85,11 +85,12 @@ pub fn all(env: &Env) -> Vec<&'static Test> {
 tests! {
     stream: between_guests, over_the_bridge, unreadable_memory, connect_refused, connect_timeout, connect_again,
         nonblocking_connect, backlog_full, bind_conflicts, peek_and_dontwait, shutdown_send, shutdown_by_peer, close_with_unread_data,
-        ports_used_anew, close_timeout, linger, epipe, shutdown_after_the_end, many_connections;
+        ports_used_anew, close_timeout, linger, epipe, shutdown_after_the_end,
+        poll_for_room_at_the_end, shutdown_while_connecting, many_connections;
     messages: without_room, waits_for_room, buffer_becomes_too_small, unreadable_end, many_short_ones;
     credit: window_blocks_writer, peer_shrinks_its_buffer, peer_exceeds_its_credit, requests_are_answered,
         updates_are_few, no_updates_at_the_end, no_update_answers_the_end, room_beside_an_unread_message,
-        low_water_mark, message_below_the_mark, ioctls, epoll_edges, buffer_size_limits;
+        low_water_mark, message_below_the_mark, ioctls, epoll_edges, buffer_size_limits, buffer_grows_while_connecting;
     reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, attempts, repeated,
         every_blocked_reader, reader_with_a_part, every_blocked_writer, so_error, half_closed, accept_queue,
         request_before_event, silence_afterwards, zerocopy_completions, lingering_close, sockets_in_a_sockmap;

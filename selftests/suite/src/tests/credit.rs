@@ -9,6 +9,7 @@ use serde_json::json;
 use vsock_device::packet::{SEQ_EOM, SHUTDOWN_SEND};
 use vsock_device::{Op, Packet};
 
+use super::stream::HOST;
 use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT, SEQPACKET, STREAM,
 };
@@ -365,6 +366,31 @@ pub fn epoll_edges(lab: &Lab) -> Result<()> {
         guest.send(fd, &"x".repeat(5_000))?,
         500,
     )
+}
+
+/// A receive buffer that grows while connect() waits for the answer: the peer gets to know, for it may have to send more than it
+/// was promised before a program reads.
+pub fn buffer_grows_while_connecting(lab: &Lab) -> Result<()> {
+    const SIZE: u32 = 1 << 20;
+    const LOW_WATER: i32 = 1 << 19;
+    let guest = lab.guest()?;
+    for kind in [STREAM, SEQPACKET] {
+        let peer = Peer::watch_kind(&guest, kind);
+        let fd = guest.socket(kind)?;
+        let set = |name| guest.set_option(fd, libc::AF_VSOCK, name, &u64::from(SIZE).to_ne_bytes());
+        set(BUFFER_MAX_SIZE)?;
+        let connecting = guest.start_connect(fd, HOST, PORT);
+        let request = peer.expect(Op::REQUEST)?;
+        set(BUFFER_SIZE)?;
+        let low_water = LOW_WATER.to_ne_bytes();
+        guest.set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &low_water)?;
+        guest.device.inject(request.reply(Op::RESPONSE));
+        connecting.wait::<()>(LIMIT).context("connect()")?;
+        let told = peer.expect(Op::CREDIT_UPDATE)?.buf_alloc;
+        expect_eq("the buffer that the peer knows of", told, SIZE)?;
+        guest.close(fd)?;
+    }
+    Ok(())
 }
 
 /// SO_VM_SOCKETS_BUFFER_SIZE keeps to its limits, and the peer is told.

@@ -12,8 +12,8 @@ use serde_json::json;
 use vsock_device::{packet::SEQ_EOM, Op, Packet, HOST_CID};
 
 use crate::lab::{
-    accept_at_host, expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, GUEST_CID, LIMIT,
-    PORT, SEQPACKET, STREAM,
+    accept_at_host, expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY,
+    GUEST_CID, LIMIT, PORT, PORT_ANY, SEQPACKET, STREAM,
 };
 
 /// Waits until the guest knows its new CID.
@@ -588,8 +588,9 @@ pub fn late_rst_does_not_hide_it(lab: &Lab) -> Result<()> {
 pub fn attempts(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let mut peer = Peer::watch(&guest);
-    let begin = |peer: &mut Peer| -> Result<_> {
+    let begin = |peer: &mut Peer, own_cid: u32| -> Result<_> {
         let fd = guest.socket(STREAM)?;
+        guest.bind(fd, own_cid, PORT_ANY)?;
         let connecting = guest.start_connect(fd, HOST_CID as u32, PORT);
         let request = peer.find(Op::REQUEST)?;
         peer.set_ports(PORT, request.src_port);
@@ -597,8 +598,13 @@ pub fn attempts(lab: &Lab) -> Result<()> {
     };
 
     // An answer to another CID is of a connection that has ended: there will be no other.
-    for (answer, cid) in [(Op::RESPONSE, GUEST_CID), (Op::RST, GUEST_CID + 1)] {
-        let (fd, connecting) = begin(&mut peer)?;
+    for (answer, cid, is_bound) in [
+        (Op::RESPONSE, GUEST_CID, false),
+        (Op::RST, GUEST_CID + 1, false),
+        (Op::RESPONSE, GUEST_CID + 2, true),
+    ] {
+        let own_cid = if is_bound { cid } else { CID_ANY };
+        let (fd, connecting) = begin(&mut peer, own_cid)?;
         guest.device.transport_reset(u64::from(cid + 1));
         wait_for_cid(&guest, cid + 1)?;
         peer.set_cids(HOST_CID, u64::from(cid));
@@ -607,12 +613,23 @@ pub fn attempts(lab: &Lab) -> Result<()> {
         guest.close(fd)?;
     }
 
-    // With the same CID it may be of after the event: the peer says whether there is a connection.
-    let cid = u64::from(GUEST_CID + 2);
+    // One to the present CID is what a socket waits for that was bound to the CID of before.
+    let cid = u64::from(GUEST_CID + 4);
     peer.set_cids(HOST_CID, cid);
+    let (fd, connecting) = begin(&mut peer, GUEST_CID + 3)?;
+    guest.device.transport_reset(cid);
+    wait_for_cid(&guest, GUEST_CID + 4)?;
+    peer.send(Op::RESPONSE);
+    connecting.wait::<()>(LIMIT).context("connect()")?;
+    expect_eq("its CID", guest.own_address(fd)?.0, GUEST_CID + 4)?;
+    guest.close(fd)?;
+    peer.find(Op::SHUTDOWN)?;
+    peer.send(Op::RST);
+
+    // With the same CID it may be of after the event: the peer says whether there is a connection.
     for is_there in [true, false] {
         let resets = guest.counter("transport_resets")?;
-        let (fd, connecting) = begin(&mut peer)?;
+        let (fd, connecting) = begin(&mut peer, CID_ANY)?;
         guest.device.transport_reset(cid);
         guest.wait_counter("transport_resets", resets + 1)?;
         peer.send(Op::RESPONSE);

@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
-use vsock_device::packet::{SHUTDOWN_RCV, SHUTDOWN_SEND};
+use vsock_device::packet::{SEQ_EOM, SHUTDOWN_RCV, SHUTDOWN_SEND};
 use vsock_device::{Op, Packet, HOST_CID};
 
 use crate::lab::{
     accept_at_host, expect_eq, expect_errno, Guest, Lab, Peer, A_WHILE, BULK_LIMIT, CID_ANY,
-    GUEST_CID, LIMIT, NO_ANSWER, PORT, STREAM,
+    GUEST_CID, LIMIT, NO_ANSWER, PORT, SEQPACKET, STREAM,
 };
 use crate::Driver;
 
@@ -544,6 +544,66 @@ pub fn shutdown_after_the_end(lab: &Lab) -> Result<()> {
         peer.expect_silence()?;
     }
     Ok(())
+}
+
+/// A program that waits for room finds that the peer reads no more, also where the peer has given no credit and the program itself
+/// has something to read.
+pub fn poll_for_room_at_the_end(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    for (kind, flags) in [(STREAM, 0), (SEQPACKET, SEQ_EOM)] {
+        let listener = guest.listener_of_kind(kind, PORT)?;
+        for end in [SHUTDOWN_RCV, SHUTDOWN_RCV | SHUTDOWN_SEND] {
+            let mut peer = Peer::watch_kind(&guest, kind);
+            peer.set_credit(0, 0);
+            peer.send(Op::REQUEST);
+            peer.expect(Op::RESPONSE)?;
+            let fd = guest.accept(listener)?;
+            guest.device.inject(Packet {
+                flags,
+                payload: b"unread".to_vec(),
+                ..peer.packet(Op::RW)
+            });
+            guest.poll(fd, libc::POLLIN, LIMIT)?;
+            let polling = guest.start_poll(fd, libc::POLLOUT, LIMIT);
+            polling.expect_blocked(A_WHILE)?;
+            guest.device.inject(Packet {
+                flags: end,
+                ..peer.packet(Op::SHUTDOWN)
+            });
+            let events = polling.wait::<i16>(LIMIT)?;
+            ensure!(events & libc::POLLOUT != 0, "poll() says {events:#x}");
+            expect_errno("send()", guest.send(fd, "x"), "EPIPE")?;
+            expect_eq("recv()", guest.recv(fd, 99)?, "unread".to_owned())?;
+            peer.send(Op::RST);
+            guest.close(fd)?;
+        }
+        guest.close(listener)?;
+    }
+    Ok(())
+}
+
+/// shutdown() of an attempt to connect that fails, and of the connection that the socket has later: the peer is told each time.
+pub fn shutdown_while_connecting(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let peer = Peer::watch(&guest);
+    let fd = guest.socket(STREAM)?;
+    for answer in [Op::RST, Op::RESPONSE] {
+        let connecting = guest.start_connect(fd, HOST, PORT);
+        let request = peer.expect(Op::REQUEST)?;
+        if answer == Op::RST {
+            guest.shutdown(fd, libc::SHUT_WR)?;
+            expect_eq("flags", peer.expect(Op::SHUTDOWN)?.flags, SHUTDOWN_SEND)?;
+        }
+        guest.device.inject(request.reply(answer));
+        let connected = connecting.wait::<()>(LIMIT);
+        if answer == Op::RST {
+            expect_errno("connect()", connected, "ECONNRESET")?;
+        } else {
+            connected.context("connect()")?;
+        }
+    }
+    guest.shutdown(fd, libc::SHUT_WR)?;
+    expect_eq("flags", peer.expect(Op::SHUTDOWN)?.flags, SHUTDOWN_SEND)
 }
 
 /// Makes so many connections to a listener at once, sends data on each, and ends them; all of it is handled afterwards.
