@@ -42,7 +42,11 @@ struct virtio_vsock_cid_update {
 	__le32 total;		/* tuples in the whole update */
 	__le32 first;		/* index of tuples[0] in the whole update */
 	__le32 count;		/* tuples in this part */
-	__le16 rx_used;		/* place in the receive queue before the update */
+	__le16 rx_used;		/* place in the receive queue behind the last
+				 * packet before the update: the used ring's
+				 * idx; of a packed ring the place, with the
+				 * wrap counter as its top bit
+				 */
 	__le16 reserved;	/* 0 */
 	struct virtio_vsock_tuple tuples[];
 };
