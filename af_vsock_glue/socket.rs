@@ -301,14 +301,14 @@ impl Socket {
     /// locks.
     ///
     /// A socket whose connection ends keeps its address, and so may one that is bound just now; the next change of the CID
-    /// finds these, or the next connect().
+    /// finds these, or the next connect(). The caller has the device, or is about to have it.
     pub(crate) fn change_bound_cid<T: Transport>(new: u32) {
         let table = &raw mut bindings::vsock_bind_table;
         // SAFETY: The table's last list has the sockets that are not bound.
         let lists = unsafe { (*table).len() } - 1;
         for list in 0..lists {
             loop {
-                // SAFETY: It is one of the table's lists, linked by that field.
+                // SAFETY: It is one of the table's lists, linked by that field. The caller has the device.
                 let found = unsafe {
                     Self::some_of(
                         table.cast::<bindings::list_head>().add(list),
@@ -319,7 +319,7 @@ impl Socket {
                 };
                 for socket in found.iter().flatten() {
                     let socket = socket.lock();
-                    // SAFETY: It is valid.
+                    // SAFETY: It is valid, and the rest as above.
                     if unsafe { Self::is_unconnected::<T>(socket.as_raw()) } {
                         socket.change_own_cid(new);
                     }
@@ -352,7 +352,7 @@ impl Socket {
     ///
     /// # Safety
     ///
-    /// `vsk` is valid, and `T` stays registered: the caller has its device.
+    /// `vsk` is valid, and a transport that is registered stays so: the caller has the device, which goes before that does.
     unsafe fn is_unconnected<T: Transport>(vsk: *mut bindings::vsock_sock) -> bool {
         // SAFETY: As the caller promises; the state is read atomically.
         match u32::from(unsafe { bindings::vsock_glue_state(vsk.cast()) }) {

@@ -320,8 +320,8 @@ impl VsockDriver {
         Flow::of(header)
     }
 
-    /// Lets an attempt to connect fail whose answer bears a CID that the guest had: the connection has ended with that, and
-    /// there will be no other answer.
+    /// Lets an attempt to connect of before a reset fail whose answer bears a CID that the guest had: the connection has ended with
+    /// that, and there will be no other answer.
     fn fail_attempt_of_before(&self, header: &Header) {
         if !matches!(header.op, Op::Response | Op::Rst) {
             return;
@@ -337,7 +337,11 @@ impl VsockDriver {
             return;
         };
         let socket = socket.lock();
-        if protocol_state(socket.state()) == State::Connecting
+        let is_of_before = socket
+            .connection::<Self>()
+            .is_some_and(|connection| connection.resets_before() != self.resets.load(Relaxed));
+        if is_of_before
+            && protocol_state(socket.state()) == State::Connecting
             && protocol_type(socket.kind()) == Some(header.socket_type)
             && socket.accepts_source::<Self>(flow.remote)
         {

@@ -812,6 +812,7 @@ impl VsockDriver {
         let Some(packet) = state.put_before_waiting(&connection, packet) else {
             state.push_batch();
             drop(state);
+            self.statistics.tx_waited.increment();
             connection.advertised_before_older();
             return;
         };

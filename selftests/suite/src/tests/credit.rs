@@ -371,8 +371,9 @@ pub fn epoll_edges(lab: &Lab) -> Result<()> {
 /// A receive buffer that grows while connect() waits for the answer: the peer gets to know, for it may have to send more than it
 /// was promised before a program reads.
 pub fn buffer_grows_while_connecting(lab: &Lab) -> Result<()> {
-    const SIZE: u32 = 1 << 20;
-    const LOW_WATER: i32 = 1 << 19;
+    // More than the peer knows of, 256 KiB, by so little that a reader of single bytes could wait with it.
+    const SIZE: u32 = 512 * 1024;
+    const LOW_WATER: i32 = 400 * 1024;
     let guest = lab.guest()?;
     for kind in [STREAM, SEQPACKET] {
         let peer = Peer::watch_kind(&guest, kind);
@@ -384,11 +385,16 @@ pub fn buffer_grows_while_connecting(lab: &Lab) -> Result<()> {
         set(BUFFER_SIZE)?;
         let low_water = LOW_WATER.to_ne_bytes();
         guest.set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &low_water)?;
-        guest.device.inject(request.reply(Op::RESPONSE));
+        guest.device.inject(Packet {
+            buf_alloc: SIZE,
+            ..request.reply(Op::RESPONSE)
+        });
         connecting.wait::<()>(LIMIT).context("connect()")?;
         let told = peer.expect(Op::CREDIT_UPDATE)?.buf_alloc;
         expect_eq("the buffer that the peer knows of", told, SIZE)?;
         guest.close(fd)?;
+        peer.expect(Op::SHUTDOWN)?;
+        guest.device.inject(request.reply(Op::RST));
     }
     Ok(())
 }

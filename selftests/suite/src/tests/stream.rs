@@ -556,7 +556,7 @@ pub fn poll_for_room_at_the_end(lab: &Lab) -> Result<()> {
             let mut peer = Peer::watch_kind(&guest, kind);
             peer.set_credit(0, 0);
             peer.send(Op::REQUEST);
-            peer.expect(Op::RESPONSE)?;
+            peer.find(Op::RESPONSE)?;
             let fd = guest.accept(listener)?;
             guest.device.inject(Packet {
                 flags,
