@@ -4,7 +4,7 @@
 # Upstream's own vsock tests, from the source of the very kernel under test, unmodified, as static programs. Their
 # alarm(), poll() and some other functions are those of selftests/upstream.
 
-WRAPPED=(alarm poll epoll_wait connect bind)
+WRAPPED=(alarm poll epoll_wait connect bind io_uring_queue_exit)
 UPSTREAM_TESTS=(vsock_test vsock_perf vsock_diag_test vsock_uring_test)
 
 ensure_upstream_tests() {
