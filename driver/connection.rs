@@ -413,7 +413,6 @@ impl Connection {
             state.send = SendCredit::default();
             state.receive = ReceiveCredit::new(buf_alloc);
             state.stall = None;
-            state.shutdown_sent = 0;
             state.peer_knows = false;
         }
         self.needed_room.store(0, Relaxed);
@@ -437,7 +436,7 @@ impl Connection {
     /// connection lock.
     pub(crate) fn note_request(&self, resets: u32) {
         self.resets_before.store(resets, Relaxed);
-        // The application may have shut down an attempt of before, which has failed.
+        // The application may have shut down an attempt of before, or a connection.
         self.state.lock().shutdown_sent = 0;
     }
 

@@ -339,7 +339,7 @@ impl VsockDriver {
         let socket = socket.lock();
         let is_of_before = socket
             .connection::<Self>()
-            .is_some_and(|connection| connection.resets_before() != self.resets.load(Relaxed));
+            .is_some_and(|connection| self.was_reset_since_request(&connection));
         if is_of_before
             && protocol_state(socket.state()) == State::Connecting
             && protocol_type(socket.kind()) == Some(header.socket_type)
@@ -347,6 +347,11 @@ impl VsockDriver {
         {
             fail_connect(&socket, ConnectError::Refused);
         }
+    }
+
+    /// Whether there was a transport reset after the peer was asked for a connection. Needs the rx mutex and the socket's lock.
+    fn was_reset_since_request(&self, connection: &Connection) -> bool {
+        connection.resets_before() != self.resets.load(Relaxed)
     }
 
     /// Does what a packet means for the socket that it was found to be for. Returns its buffer where that was received and nobody
@@ -407,7 +412,7 @@ impl VsockDriver {
                 socket.set_connected();
                 socket.insert_connected();
                 socket.state_change();
-                if connection.resets_before() != self.resets.load(Relaxed) {
+                if self.was_reset_since_request(&connection) {
                     // The response may be of before the reset, and the connection have ended with that.
                     self.probe(socket, connection);
                 } else {

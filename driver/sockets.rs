@@ -96,11 +96,8 @@ impl Transport for VsockDriver {
         // Read before the request goes: a response to one of before a reset is never taken for one to a request of after it.
         connection.note_request(self.resets.load(Acquire));
         self.send_control(socket, connection, ControlPacket::of(Op::Request))
-            .map_err(|error| match error == EIO {
-                // A device that is broken is about to be gone.
-                true => ENODEV,
-                false => error,
-            })
+            // A device that is broken is about to be gone.
+            .map_err(|error| if error == EIO { ENODEV } else { error })
     }
 
     fn cancel(self: ArcBorrow<'_, Self>, socket: &LockedSocket<'_>) {

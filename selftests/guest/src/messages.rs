@@ -46,6 +46,13 @@ impl Mapping {
         }
         Ok(Self { start, len })
     }
+
+    /// Sends all of it with one call.
+    fn send(&self, fd: RawFd, flags: i32) -> io::Result<usize> {
+        let flags = flags | libc::MSG_NOSIGNAL;
+        // SAFETY: It is as long. The kernel looks whether it can be read.
+        check_size(unsafe { libc::send(fd, self.start, self.len, flags) })
+    }
 }
 
 impl Drop for Mapping {
@@ -58,16 +65,15 @@ impl Drop for Mapping {
 /// Sends `len` bytes with one call, of which those from `readable` on, a whole number of pages, cannot be read.
 pub fn send_bytes(fd: RawFd, len: usize, readable: Option<usize>, flags: i32) -> Result<usize> {
     let mapping = Mapping::new(len)?;
-    // SAFETY: The mapping is as long, and protected from `readable` on where that is inside; so is what send() is told.
+    // SAFETY: The mapping is as long, and protected from `readable` on where that is inside.
     unsafe {
         mapping.start.cast::<u8>().write_bytes(FILLING, len);
         if let Some(readable) = readable.filter(|readable| *readable < len) {
             let unreadable = mapping.start.byte_add(readable);
             check(libc::mprotect(unreadable, len - readable, libc::PROT_NONE))?;
         }
-        let sent = libc::send(fd, mapping.start, len, flags | libc::MSG_NOSIGNAL);
-        Ok(check_size(sent)?)
     }
+    Ok(mapping.send(fd, flags)?)
 }
 
 /// Makes a userfaultfd. It is readable while a thread waits for memory that it holds back, and closing it gives the memory.
@@ -106,9 +112,8 @@ pub fn send_held_back(fd: RawFd, len: usize, there: usize, userfaultfd: RawFd) -
             UFFDIO_REGISTER as libc::Ioctl,
             &raw mut held_back,
         ))?;
-        let sent = libc::send(fd, mapping.start, len, libc::MSG_NOSIGNAL);
-        Ok(check_size(sent)?)
     }
+    Ok(mapping.send(fd, 0)?)
 }
 
 /// Receives up to `len` bytes of a message; returns what the call said, the bytes, and the flags of the message.

@@ -10,7 +10,7 @@ use anyhow::{ensure, Context, Result};
 use serde_json::json;
 use vsock_device::Op;
 
-use super::stream::exchange_over_the_bridge;
+use super::stream::{exchange_over_the_bridge, PACKET};
 use crate::agent::{sh, Ended, Pending};
 use crate::lab::{
     expect_eq, expect_errno, wait_for, Guest, Lab, Peer, CID_ANY, GUEST_CID, LIMIT, PORT, STREAM,
@@ -143,8 +143,6 @@ pub fn unbind_with_traffic(lab: &Lab) -> Result<()> {
 /// The device is taken away while a send() that has sent a part waits for memory: the call says how much it has sent, so the
 /// next one has to say that the connection is lost.
 pub fn unbind_within_a_send(lab: &Lab) -> Result<()> {
-    /// What a packet carries at most.
-    const PACKET: usize = 64 * 1024;
     let guest = lab.guest()?;
     let listener = guest.listener(PORT)?;
     // It sends nothing by itself: what waits for the socket, which is locked, holds up the driver, and so what unbinds it.

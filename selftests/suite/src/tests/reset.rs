@@ -598,12 +598,11 @@ pub fn attempts(lab: &Lab) -> Result<()> {
     };
 
     // An answer to another CID is of a connection that has ended: there will be no other.
-    for (answer, cid, is_bound) in [
-        (Op::RESPONSE, GUEST_CID, false),
-        (Op::RST, GUEST_CID + 1, false),
-        (Op::RESPONSE, GUEST_CID + 2, true),
+    for (answer, cid, own_cid) in [
+        (Op::RESPONSE, GUEST_CID, CID_ANY),
+        (Op::RST, GUEST_CID + 1, CID_ANY),
+        (Op::RESPONSE, GUEST_CID + 2, GUEST_CID + 2),
     ] {
-        let own_cid = if is_bound { cid } else { CID_ANY };
         let (fd, connecting) = begin(&mut peer, own_cid)?;
         guest.device.transport_reset(u64::from(cid + 1));
         wait_for_cid(&guest, cid + 1)?;

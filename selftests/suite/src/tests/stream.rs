@@ -19,6 +19,9 @@ use crate::Driver;
 
 pub(super) const HOST: u32 = HOST_CID as u32;
 
+/// What a packet carries at most, in bytes.
+pub(super) const PACKET: usize = 64 * 1024;
+
 /// How much goes each way where the amount matters, in bytes.
 const BULK: u64 = 4 << 20;
 
@@ -102,8 +105,6 @@ fn exchange(guest: &Guest, fd: i32, host: &mut std::os::unix::net::UnixStream) -
 /// send() of memory of which a part cannot be read sends what is before that, and fails where nothing is.
 pub fn unreadable_memory(lab: &Lab) -> Result<()> {
     const PAGE: usize = 4096;
-    /// What a packet carries at most.
-    const PACKET: usize = 64 * 1024;
     let guest = lab.guest()?;
     let listener = guest.listener(PORT)?;
     let mut stream = guest.connect_from_host(PORT)?;
@@ -587,23 +588,24 @@ pub fn shutdown_while_connecting(lab: &Lab) -> Result<()> {
     let guest = lab.guest()?;
     let peer = Peer::watch(&guest);
     let fd = guest.socket(STREAM)?;
-    for answer in [Op::RST, Op::RESPONSE] {
+    let begin = || -> Result<_> {
         let connecting = guest.start_connect(fd, HOST, PORT);
-        let request = peer.expect(Op::REQUEST)?;
-        if answer == Op::RST {
-            guest.shutdown(fd, libc::SHUT_WR)?;
-            expect_eq("flags", peer.expect(Op::SHUTDOWN)?.flags, SHUTDOWN_SEND)?;
-        }
-        guest.device.inject(request.reply(answer));
-        let connected = connecting.wait::<()>(LIMIT);
-        if answer == Op::RST {
-            expect_errno("connect()", connected, "ECONNRESET")?;
-        } else {
-            connected.context("connect()")?;
-        }
-    }
-    guest.shutdown(fd, libc::SHUT_WR)?;
-    expect_eq("flags", peer.expect(Op::SHUTDOWN)?.flags, SHUTDOWN_SEND)
+        Ok((connecting, peer.expect(Op::REQUEST)?))
+    };
+    let shut_down = || {
+        guest.shutdown(fd, libc::SHUT_WR)?;
+        expect_eq("flags", peer.expect(Op::SHUTDOWN)?.flags, SHUTDOWN_SEND)
+    };
+
+    let (connecting, request) = begin()?;
+    shut_down()?;
+    guest.device.inject(request.reply(Op::RST));
+    expect_errno("connect()", connecting.wait::<()>(LIMIT), "ECONNRESET")?;
+
+    let (connecting, request) = begin()?;
+    guest.device.inject(request.reply(Op::RESPONSE));
+    connecting.wait::<()>(LIMIT).context("connect()")?;
+    shut_down()
 }
 
 /// Makes so many connections to a listener at once, sends data on each, and ends them; all of it is handled afterwards.
