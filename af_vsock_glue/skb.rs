@@ -630,13 +630,6 @@ impl<C> QueuedSkBuff<'_, C> {
     }
 }
 
-impl<C: Control<Direction = ToDevice>> QueuedSkBuff<'_, C> {
-    /// As [`SkBuff::front_mut`].
-    pub(crate) fn front_mut<const N: usize>(&mut self) -> Option<&mut [u8; N]> {
-        self.skb.front_mut()
-    }
-}
-
 impl<C: Control<Direction = FromDevice>> QueuedSkBuff<'_, C> {
     /// As [`SkBuff::append`].
     pub(crate) fn append<D>(&mut self, other: &SkBuff<D>) -> bool {
@@ -733,17 +726,6 @@ impl<C> SkBuffQueue<C> {
     pub(crate) fn extend(&mut self, skb: Option<SkBuff<C>>) {
         if let Some(skb) = skb {
             self.push_back(skb);
-        }
-    }
-
-    /// Calls `f` with each buffer from the first on.
-    pub(crate) fn for_each_mut(&mut self, mut f: impl FnMut(QueuedSkBuff<'_, C>)) {
-        let mut at = self.head;
-        while let Some(skb) = NonNull::new(at) {
-            // SAFETY: By the type invariant; the queue is borrowed, and one buffer at a time.
-            f(unsafe { QueuedSkBuff::new(skb) });
-            // SAFETY: The buffer is valid, and still in the queue.
-            at = unsafe { *next_of(skb.as_ptr()) };
         }
     }
 

@@ -303,28 +303,54 @@ impl Socket {
     /// A socket whose connection ends keeps its address, and so may one that is bound just now; the next change of the CID
     /// finds these, or the next connect(). The caller has the device, or is about to have it.
     pub(crate) fn change_bound_cid<T: Transport>(new: u32) {
+        // SAFETY: `matches` gets valid sockets, with one of the locks. The caller has the device. A socket that was changed is
+        // bound to the present CID.
+        unsafe {
+            Self::for_each_bound(
+                |vsk| Self::is_bound_to_other(vsk, new) && Self::is_unconnected::<T>(vsk),
+                |socket| socket.change_own_cid(new),
+            );
+        }
+    }
+
+    /// Calls `end` with the sockets that `T` is connecting; it ends that. Sleeps, and takes their locks. The caller has the
+    /// device.
+    pub(crate) fn for_each_connecting<T: Transport>(end: impl Fn(&LockedSocket<'_>)) {
+        // SAFETY: As above; whoever connects is bound. One that connects no more does not match.
+        unsafe { Self::for_each_bound(|vsk| Self::is_connecting::<T>(vsk), end) };
+    }
+
+    /// Calls `change` with the bound sockets that match, each with its lock; it changes them so that they do not any more.
+    /// Sleeps.
+    ///
+    /// # Safety
+    ///
+    /// `matches` may be called with any bound socket, with its lock or that of the tables held.
+    unsafe fn for_each_bound(
+        matches: impl Fn(*mut bindings::vsock_sock) -> bool,
+        change: impl Fn(&LockedSocket<'_>),
+    ) {
         let table = &raw mut bindings::vsock_bind_table;
         // SAFETY: The table's last list has the sockets that are not bound.
         let lists = unsafe { (*table).len() } - 1;
         for list in 0..lists {
             loop {
-                // SAFETY: It is one of the table's lists, linked by that field. The caller has the device.
+                // SAFETY: It is one of the table's lists, linked by that field. The rest as the caller promises.
                 let found = unsafe {
                     Self::some_of(
                         table.cast::<bindings::list_head>().add(list),
                         1,
                         offset_of!(bindings::vsock_sock, bound_table),
-                        |vsk| Self::is_bound_to_other(vsk, new) && Self::is_unconnected::<T>(vsk),
+                        &matches,
                     )
                 };
                 for socket in found.iter().flatten() {
                     let socket = socket.lock();
-                    // SAFETY: It is valid, and the rest as above.
-                    if unsafe { Self::is_unconnected::<T>(socket.as_raw()) } {
-                        socket.change_own_cid(new);
+                    if matches(socket.as_raw()) {
+                        change(&socket);
                     }
                 }
-                // None of these is found again: it was changed, or is no such socket any more.
+                // None of these is found again: it was changed, or does not match any more.
                 if found.iter().any(Option::is_none) {
                     break;
                 }
@@ -357,12 +383,22 @@ impl Socket {
         // SAFETY: As the caller promises; the state is read atomically.
         match u32::from(unsafe { bindings::vsock_glue_state(vsk.cast()) }) {
             bindings::TCP_LISTEN | bindings::TCP_CLOSE => true,
-            // SAFETY: As the caller promises. The pointer, which is compared only, is read as a whole; it changes with the
-            // socket's lock, so without that it may be of the moment before.
-            bindings::TCP_SYN_SENT => unsafe {
-                transport::is_ours::<T>(ptr::read_volatile(&raw const (*vsk).transport))
-            },
-            _ => false,
+            // SAFETY: As the caller promises.
+            _ => unsafe { Self::is_connecting::<T>(vsk) },
+        }
+    }
+
+    /// Whether transport `T` is connecting a socket.
+    ///
+    /// # Safety
+    ///
+    /// As for [`is_unconnected`](Self::is_unconnected).
+    unsafe fn is_connecting<T: Transport>(vsk: *mut bindings::vsock_sock) -> bool {
+        // SAFETY: As the caller promises; the state is read atomically. The pointer, which is compared only, is read as a whole;
+        // it changes with the socket's lock, so without that it may be of the moment before.
+        unsafe {
+            u32::from(bindings::vsock_glue_state(vsk.cast())) == bindings::TCP_SYN_SENT
+                && transport::is_ours::<T>(ptr::read_volatile(&raw const (*vsk).transport))
         }
     }
 

@@ -149,18 +149,22 @@ impl super::tx::TxState {
         None
     }
 
-    /// Gives requests that wait the guest's present CID. They are the first of their connections (on Linux 7.2 an RST of the one
-    /// before may be first).
+    /// Gives requests that wait, and what waits behind them, the guest's present CID. They are the first of their connections (on
+    /// Linux 7.2 an RST of the one before may be first).
     pub(crate) fn readdress_requests(&mut self, guest_cid: Cid) {
-        self.backlog.turns.for_each_mut(|mut packet| {
-            let Some(bytes) = packet.front_mut() else {
-                return;
-            };
-            let header = Header::parse(bytes);
-            if let (Op::Request, Ok(host_cid)) = (header.op, Cid::from_wire(header.dst_cid)) {
-                Header::set_cids(bytes, guest_cid, host_cid);
+        let turns = self.backlog.turns.take();
+        let _ = turns.try_for_each(|packet| {
+            if let (Some(connection), Some(header)) =
+                (packet.control().connection(), packet.front())
+            {
+                let header = Header::parse(header);
+                if let (Op::Request, Ok(host_cid)) = (header.op, Cid::from_wire(header.dst_cid)) {
+                    self.readdress(&connection, guest_cid, host_cid);
+                }
             }
+            core::ops::ControlFlow::<()>::Continue(())
         });
+        self.backlog.turns = turns;
     }
 
     /// Whether no packet waits.

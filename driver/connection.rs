@@ -264,7 +264,7 @@ pub(crate) struct Connection {
     /// The guest's CID that the connection's peer knows; [`Address::CID_ANY`] before there is a connection. Changed
     /// with the socket's lock.
     guest_cid: Atomic<u32>,
-    /// How many transport resets there had been when it was asked for. Changed with the socket's lock.
+    /// How many transport resets there had been when it was asked for, and then when it was made. Changed with the socket's lock.
     resets_before: Atomic<u32>,
 }
 
@@ -434,13 +434,22 @@ impl Connection {
 
     /// Notes that the peer is asked for a connection, after so many transport resets. Needs the socket's lock; takes the
     /// connection lock.
-    pub(crate) fn note_request(&self, resets: u32) {
-        self.resets_before.store(resets, Relaxed);
+    pub(crate) fn note_request(&self, resets_before: u32) {
+        self.resets_before.store(resets_before, Relaxed);
         // The application may have shut down an attempt of before, or a connection.
         self.state.lock().shutdown_sent = 0;
     }
 
-    /// How many transport resets there had been when the peer was asked for a connection.
+    /// Notes that there is a connection now, whose peer knows the guest by `guest_cid`, after so many transport resets. Needs the
+    /// socket's lock.
+    pub(crate) fn note_made(&self, guest_cid: Option<Cid>, resets_before: u32) {
+        if let Some(cid) = guest_cid {
+            self.set_guest_cid(cid);
+        }
+        self.resets_before.store(resets_before, Relaxed);
+    }
+
+    /// How many transport resets there had been when the peer was asked for a connection, or that was made.
     pub(crate) fn resets_before(&self) -> u32 {
         self.resets_before.load(Relaxed)
     }

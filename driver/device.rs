@@ -5,13 +5,16 @@
 use super::{
     events::{read_guest_cid, EventQueue},
     queue_work,
-    rx::RxQueue,
+    rx::{fail_connect, RxQueue},
     work,
     VsockDriver, //
 };
 use crate::{
-    af_vsock_glue::virtio::{is_shutting_down, uapi, Device, Driver},
-    protocol::{event, feature, queue, update, SocketTypes},
+    af_vsock_glue::{
+        socket::Socket,
+        virtio::{is_shutting_down, uapi, Device, Driver},
+    },
+    protocol::{connection::ConnectError, event, feature, queue, update, SocketTypes},
 };
 use kernel::{
     prelude::*,
@@ -156,7 +159,7 @@ impl VsockDriver {
         Ok(())
     }
 
-    /// Stops using the device and resets all connections. Needs the device mutex.
+    /// Stops using the device, and ends all connections and attempts to connect. Needs the device mutex.
     fn stop(&self) {
         // All queues are taken out of use before the first is dropped, which resets the device.
         let rx = self.rx.lock().take();
@@ -166,5 +169,7 @@ impl VsockDriver {
         drop((rx, events, tx));
         self.statistics.dropped_tx.add(self.tx.drop_backlog());
         self.reset_all_connections(&self.statistics.resets_by_device_loss);
+        // Nobody will answer these.
+        Socket::for_each_connecting::<Self>(|socket| fail_connect(socket, ConnectError::Refused));
     }
 }

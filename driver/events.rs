@@ -162,7 +162,9 @@ impl VsockDriver {
             let Some(events) = (*guard).as_mut() else {
                 return;
             };
-            if !events.updates.is_due() && !self.handle_next_event(events) {
+            let has_news = events.updates.is_due() || self.handle_next_event(events);
+            // What is broken makes no more interrupts.
+            if !has_news && !events.is_broken() {
                 return;
             }
         }

@@ -277,6 +277,11 @@ impl VsockDriver {
         self.statistics.rx_packets.add_exclusively(1);
         self.statistics.rx_bytes.add_exclusively(len);
 
+        if matches!(header.op, Op::Request | Op::Response) {
+            // It may be of after an event that waits in its queue: then it does not concern a connection of before, and
+            // the connection that it makes is not reset. Or it is of before, and the guest has another CID by now.
+            self.handle_events();
+        }
         let Some(flow) = self.flow(&header) else {
             self.statistics.dropped_cid.increment();
             self.fail_attempt_of_before(&header);
@@ -286,11 +291,6 @@ impl VsockDriver {
             self.statistics.unknown_type.increment();
             self.send_reset_reply(&header);
             return None;
-        }
-        if matches!(header.op, Op::Request | Op::Response) {
-            // It may be of after an event that waits in its queue: then it does not concern a connection of before, and
-            // the connection that it makes is not reset.
-            self.handle_events();
         }
         let socket = Socket::find_connected(flow.remote, flow.local)
             .or_else(|| Socket::find_bound(flow.local));
@@ -339,7 +339,7 @@ impl VsockDriver {
         let socket = socket.lock();
         let is_of_before = socket
             .connection::<Self>()
-            .is_some_and(|connection| self.was_reset_since_request(&connection));
+            .is_some_and(|connection| self.was_reset_since(&connection));
         if is_of_before
             && protocol_state(socket.state()) == State::Connecting
             && protocol_type(socket.kind()) == Some(header.socket_type)
@@ -349,8 +349,9 @@ impl VsockDriver {
         }
     }
 
-    /// Whether there was a transport reset after the peer was asked for a connection. Needs the rx mutex and the socket's lock.
-    fn was_reset_since_request(&self, connection: &Connection) -> bool {
+    /// Whether there was a transport reset after the peer was asked for a connection, or after that was made. Needs the socket's
+    /// lock; without the rx mutex it may have been so a moment ago.
+    pub(super) fn was_reset_since(&self, connection: &Connection) -> bool {
         connection.resets_before() != self.resets.load(Relaxed)
     }
 
@@ -406,13 +407,12 @@ impl VsockDriver {
         match step {
             Step::Accept | Step::Refuse => self.send_reset_reply(header),
             Step::Establish => {
-                if let Some(cid) = self.guest_cid() {
-                    connection.set_guest_cid(cid);
-                }
+                let was_reset = self.was_reset_since(&connection);
+                connection.note_made(self.guest_cid(), self.resets.load(Relaxed));
                 socket.set_connected();
                 socket.insert_connected();
                 socket.state_change();
-                if self.was_reset_since_request(&connection) {
+                if was_reset {
                     // The response may be of before the reset, and the connection have ended with that.
                     self.probe(socket, connection);
                 } else {
@@ -485,9 +485,7 @@ impl VsockDriver {
             child.assign_transport::<Self>(listener)?;
             let connection = child.connection::<Self>().ok_or(ENODEV)?;
             connection.note_packet(header);
-            if let Some(cid) = self.guest_cid() {
-                connection.set_guest_cid(cid);
-            }
+            connection.note_made(self.guest_cid(), self.resets.load(Relaxed));
             // Nothing is received meanwhile, so that the peer's next packet finds the socket in its table.
             self.send_control(&child, connection, ControlPacket::reply(Op::Response))?;
             child.insert_connected();
@@ -532,8 +530,8 @@ impl VsockDriver {
         let changed = directions != socket.peer_shutdown();
         socket.set_peer_shutdown(directions);
         if directions == Directions::BOTH {
-            if connection.unread() == 0 {
-                // Nothing is to be read any more: this answers the peer's close.
+            if connection.unread() == 0 || socket.close_is_scheduled() {
+                // Nothing is to be read any more, or nobody will: this answers the peer's close.
                 self.send_final_reset(socket, connection, ControlPacket::reply(Op::Rst));
                 self.finish_connection(socket, &connection);
             } else {
@@ -603,7 +601,7 @@ impl VsockDriver {
 }
 
 /// Ends an attempt to connect.
-fn fail_connect(socket: &LockedSocket<'_>, error: ConnectError) {
+pub(super) fn fail_connect(socket: &LockedSocket<'_>, error: ConnectError) {
     socket.set_state(SocketState::Closed);
     let error = match error {
         ConnectError::Refused => ECONNRESET,

@@ -18,7 +18,7 @@ use crate::{
         socket::{Address, Directions, LockedSocket, Socket, SocketState},
         transport::Transport,
     },
-    protocol::header::Op,
+    protocol::header::{Op, SocketType},
 };
 use kernel::{
     prelude::*,
@@ -194,11 +194,11 @@ impl Transport for VsockDriver {
         message: &mut MessageDest,
         peek: bool,
     ) -> Result<usize> {
-        if connection.reset_state() == ResetState::Told && connection.has_untold_reader() {
+        tell_of_reset(socket, &connection)?;
+        if connection.has_untold_reader() {
             connection.note_blocked_reader_told();
             return Err(ECONNRESET.into());
         }
-        tell_of_reset(socket, &connection)?;
         let room = message.remaining();
         let copy = |packet: &SkBuff<Received>, offset, part| packet.copy_to(offset, message, part);
         let read = if peek {
@@ -268,8 +268,12 @@ impl Transport for VsockDriver {
     }
 
     fn readable(connection: &Connection) -> usize {
-        // As above.
-        (connection.unread() as usize).max(connection.has_untold_reader().into())
+        // As above, for a stream. Readers of messages do not come here, and the first of them is told without being counted.
+        let is_untold = match connection.socket_type() {
+            SocketType::SeqPacket => connection.reset_state() == ResetState::Untold,
+            _ => connection.has_untold_reader(),
+        };
+        (connection.unread() as usize).max(is_untold.into())
     }
 
     fn room_to_send(&self, socket: &LockedSocket<'_>, connection: &Connection) -> usize {
@@ -408,10 +412,15 @@ impl VsockDriver {
         }
         socket.linger();
         // Meanwhile the peer may have answered, or the device have lost the connection.
-        let is_reset = socket
-            .connection::<Self>()
-            .is_none_or(|connection| connection.reset_state() != ResetState::No);
-        if socket.is_done() || is_reset {
+        let Some(connection) = socket.connection::<Self>() else {
+            return Closed::Now;
+        };
+        if socket.is_done() || connection.reset_state() != ResetState::No {
+            return Closed::Now;
+        }
+        if socket.peer_shutdown() == Directions::BOTH {
+            // With something unread, so that it was not answered.
+            self.send_final_reset(socket, connection, ControlPacket::of(Op::Rst));
             return Closed::Now;
         }
         socket.schedule_close::<Self>(&self.work_at_once, msecs_to_jiffies(CLOSE_TIMEOUT_MS));

@@ -525,8 +525,10 @@ impl VsockDriver {
         if remote.cid == guest_cid {
             return Err(ENODEV);
         }
+        // What the peer has closed is not reset, so that what was received can be read.
         let is_over = connection.reset_state() != ResetState::No
-            || (socket.peer_shutdown() == Directions::BOTH && socket.has_successor());
+            || (socket.peer_shutdown() == Directions::BOTH
+                && (self.was_reset_since(connection) || socket.has_successor()));
         if is_over {
             return Err(ENODEV);
         }

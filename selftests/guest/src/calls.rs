@@ -227,6 +227,10 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
             let Way { fd, way, .. } = params(given)?;
             json!(waiting::send_until_error(fd, &way)?)
         }
+        "send_zero_copy_by_io_uring" => {
+            let Receive { fd, len, .. } = params(given)?;
+            json!(waiting::send_zero_copy(fd, &vec![0; len])?)
+        }
         "send_bytes" => {
             let SendBytes {
                 fd,
@@ -249,6 +253,10 @@ pub fn call(method: &str, given: &Value) -> Result<Value> {
         "recv_message" => {
             let Receive { fd, len, flags } = params(given)?;
             messages::recv_message(fd, len, flags)?
+        }
+        "recv_long_message" => {
+            let Receive { fd, len, .. } = params(given)?;
+            json!(messages::recv_long_message(fd, len)?)
         }
         "recv_short_messages" => {
             let Small { fd, count } = params(given)?;

@@ -12,10 +12,11 @@ use linux_raw_sys::general::{
 use linux_raw_sys::ioctl::{UFFDIO_API, UFFDIO_REGISTER};
 use serde_json::{json, Value};
 
+use crate::pattern;
 use crate::sys::{check, check_size, iovec, message};
 
-/// What messages sent by [`send_bytes`] are full of.
-const FILLING: u8 = b'm';
+/// The pattern of messages by [`Mapping::send`] has this seed.
+const SEED: u64 = 0;
 
 /// The `number`th of many short messages: what it is full of, how long it is, and whether it ends a record.
 fn short_message(number: u64) -> (u8, usize, bool) {
@@ -47,6 +48,13 @@ impl Mapping {
         Ok(Self { start, len })
     }
 
+    /// Fills it with a pattern.
+    fn fill(&mut self, len: usize) {
+        // SAFETY: It is at least as long, and borrowed.
+        let bytes = unsafe { std::slice::from_raw_parts_mut(self.start.cast(), len.min(self.len)) };
+        pattern::fill(bytes, SEED, 0);
+    }
+
     /// Sends all of it with one call.
     fn send(&self, fd: RawFd, flags: i32) -> io::Result<usize> {
         let flags = flags | libc::MSG_NOSIGNAL;
@@ -64,11 +72,11 @@ impl Drop for Mapping {
 
 /// Sends `len` bytes with one call, of which those from `readable` on, a whole number of pages, cannot be read.
 pub fn send_bytes(fd: RawFd, len: usize, readable: Option<usize>, flags: i32) -> Result<usize> {
-    let mapping = Mapping::new(len)?;
-    // SAFETY: The mapping is as long, and protected from `readable` on where that is inside.
-    unsafe {
-        mapping.start.cast::<u8>().write_bytes(FILLING, len);
-        if let Some(readable) = readable.filter(|readable| *readable < len) {
+    let mut mapping = Mapping::new(len)?;
+    mapping.fill(len);
+    if let Some(readable) = readable.filter(|readable| *readable < len) {
+        // SAFETY: The mapping is longer.
+        unsafe {
             let unreadable = mapping.start.byte_add(readable);
             check(libc::mprotect(unreadable, len - readable, libc::PROT_NONE))?;
         }
@@ -95,7 +103,8 @@ pub fn userfaultfd() -> Result<RawFd> {
 /// Sends `len` bytes with one call, of which those from `there` on, a whole number of pages, are held back by a userfaultfd.
 pub fn send_held_back(fd: RawFd, len: usize, there: usize, userfaultfd: RawFd) -> Result<usize> {
     ensure!(there <= len, "{there} of {len} bytes are there");
-    let mapping = Mapping::new(len)?;
+    let mut mapping = Mapping::new(len)?;
+    mapping.fill(there);
     let mut held_back = uffdio_register {
         range: uffdio_range {
             start: (mapping.start.addr() + there) as u64,
@@ -106,7 +115,6 @@ pub fn send_held_back(fd: RawFd, len: usize, there: usize, userfaultfd: RawFd) -
     };
     // SAFETY: The mapping is as long, and nobody writes to the part that is held back.
     unsafe {
-        mapping.start.cast::<u8>().write_bytes(FILLING, there);
         check(libc::ioctl(
             userfaultfd,
             UFFDIO_REGISTER as libc::Ioctl,
@@ -136,6 +144,17 @@ pub fn recv_message(fd: RawFd, len: usize, flags: i32) -> Result<Value> {
         "ends_record": flags & libc::MSG_EOR != 0,
         "is_cut": flags & libc::MSG_TRUNC != 0,
     }))
+}
+
+/// Receives a message with one call, which has to be as one by [`send_bytes`]; says how long it is.
+pub fn recv_long_message(fd: RawFd, len: usize) -> Result<usize> {
+    let (said, bytes, _) = recv(fd, len, 0)?;
+    let wrong = pattern::first_difference(&bytes, SEED, 0);
+    ensure!(
+        wrong.is_none(),
+        "the message differs from what was sent at byte {wrong:?}"
+    );
+    Ok(said)
 }
 
 /// Receives so many short messages; an error where one is not what it should be.

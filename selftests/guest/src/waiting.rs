@@ -84,6 +84,15 @@ pub fn receive(fd: RawFd, way: &str, len: usize) -> Result<usize> {
     })
 }
 
+/// Sends with an io_uring from the caller's memory, and waits until the kernel needs that no more.
+pub fn send_zero_copy(fd: RawFd, bytes: &[u8]) -> Result<usize> {
+    submit(
+        &opcode::SendZc::new(types::Fd(fd), bytes.as_ptr(), bytes.len() as u32)
+            .flags(libc::MSG_NOSIGNAL)
+            .build(),
+    )
+}
+
 /// Sends in one of the ways until that fails. Zeroes, in parts of 64 KiB.
 pub fn send_until_error(fd: RawFd, way: &str) -> Result<()> {
     let mut bytes = vec![0_u8; PART];
@@ -108,11 +117,7 @@ pub fn send_until_error(fd: RawFd, way: &str) -> Result<()> {
                         .flags(libc::MSG_NOSIGNAL)
                         .build(),
                 )?,
-                "io_uring zerocopy" => submit(
-                    &opcode::SendZc::new(types::Fd(fd), bytes.as_ptr(), PART as u32)
-                        .flags(libc::MSG_NOSIGNAL)
-                        .build(),
-                )?,
+                "io_uring zerocopy" => send_zero_copy(fd, &bytes)?,
                 _ => bail!("no way to send is called {way:?}"),
             }
         };

@@ -538,6 +538,14 @@ impl Guest {
         sh_ok(&self.machine.agent, script, LIMIT)
     }
 
+    /// Memory that programs could have, in KiB.
+    pub fn available_memory(&self) -> Result<i64> {
+        let text =
+            self.sh("sync; echo 3 >/proc/sys/vm/drop_caches; grep MemAvailable /proc/meminfo")?;
+        let figure = text.split_whitespace().nth(1);
+        Ok(figure.context("MemAvailable has no figure")?.parse()?)
+    }
+
     /// The features that driver and device agreed on.
     pub fn features(&self) -> Result<u64> {
         // A character for each bit, the lowest first.

@@ -11,8 +11,8 @@ use vsock_device::Op;
 use super::lifecycle::{BIND, UNBIND};
 use super::stream::{exchange_over_the_bridge, HOST};
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY, LIMIT, PORT, SEQPACKET,
-    STREAM,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY, GUEST_CID, LIMIT, PORT,
+    SEQPACKET, STREAM,
 };
 use crate::machine::{Bus, Hardware, DEFAULT_RING};
 use crate::Driver;
@@ -30,12 +30,6 @@ const VIRTIO_VSOCK_F_NO_IMPLIED_STREAM: u64 = 1 << 2;
 
 /// Feature bit of virtio 6.
 const VIRTIO_F_ACCESS_PLATFORM: u32 = 33;
-
-fn expect_to_work_on(lab: &Lab, hardware: &Hardware) -> Result<()> {
-    let guest = lab.guest_on(hardware)?;
-    exchange_over_the_bridge(&guest).with_context(|| format!("with {hardware:?}"))?;
-    lab.end_machines()
-}
 
 /// Rings from the smallest to the largest that QEMU has. The driver does not fill the largest with receive buffers.
 pub fn ring_sizes(lab: &Lab) -> Result<()> {
@@ -73,7 +67,7 @@ struct Pieces {
 }
 
 /// Sends with MSG_ZEROCOPY, and writes over the memory before the device sees it: it is sent what is there now, unless the kernel
-/// has copied. Returns whether it has, which the completion has to say as well.
+/// has copied. Returns whether it has, which the completion has to say as well; it comes when the kernel needs the memory no more.
 fn is_copied(guest: &Guest, peer: &Peer, fd: i32, pieces: &Pieces) -> Result<bool> {
     const BEFORE: u8 = b'a';
     const LATER: u8 = b'b';
@@ -83,24 +77,45 @@ fn is_copied(guest: &Guest, peer: &Peer, fd: i32, pieces: &Pieces) -> Result<boo
     });
     guest.device.hold_tx(true);
     let sent: usize = guest.start("send_zero_copy_pieces", params).wait(LIMIT)?;
+    let early = guest.zero_copy_completions(fd)?;
     guest.device.hold_tx(false);
     expect_eq("bytes sent", sent, len)?;
     let mut received = Vec::new();
     while received.len() < len {
         received.extend(peer.expect(Op::RW)?.payload);
     }
-    let completions = guest.wait_zero_copy_completions(fd)?;
+    let completions = match early.is_empty() {
+        true => guest.wait_zero_copy_completions(fd)?,
+        false => early.clone(),
+    };
     ensure!(
         completions.len() == 1,
         "one call has the completions {completions:?}"
     );
     let is_copied = completions[0].is_copied;
+    ensure!(
+        is_copied || early.is_empty(),
+        "complete before the device had it: {early:?}"
+    );
     let should = if is_copied { BEFORE } else { LATER };
     ensure!(
         received == vec![should; len],
         "is said to be copied: {is_copied}; received: {received:?}"
     );
     Ok(is_copied)
+}
+
+/// An io_uring gives the memory of a send back when the device has used it. Where the kernel has copied it may be sooner.
+fn io_uring_gives_memory_back(guest: &Guest, peer: &Peer, fd: i32, is_copied: bool) -> Result<()> {
+    const LEN: usize = 10_000;
+    guest.device.hold_tx(true);
+    let sending = guest.start("send_zero_copy_by_io_uring", json!({"fd": fd, "len": LEN}));
+    if !is_copied {
+        sending.expect_blocked(A_WHILE)?;
+    }
+    guest.device.hold_tx(false);
+    expect_eq("bytes sent", sending.wait::<usize>(LIMIT)?, LEN)?;
+    expect_eq("bytes received", peer.expect(Op::RW)?.payload.len(), LEN)
 }
 
 /// MSG_ZEROCOPY sends the caller's pages where the ring takes as many as a packet may have, and otherwise a copy; so it does where
@@ -111,26 +126,31 @@ pub fn zero_copy(lab: &Lab) -> Result<()> {
             ring,
             ..Hardware::default()
         })?;
-        for kind in [STREAM, SEQPACKET] {
-            let fd = guest.socket(kind)?;
-            let peer = Peer::accept(&guest, fd)?;
-            let on = 1_i32.to_ne_bytes();
-            guest.set_option(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, &on)?;
-            let few = Pieces { count: 5, len: 100 };
-            let many = Pieces {
-                count: 40,
-                len: 100,
-            };
-            for (pieces, should) in [(&few, copies), (&many, true), (&few, copies)] {
-                let what = format!(
-                    "{} pieces of a socket of type {kind} on a ring of {ring} copied",
-                    pieces.count
-                );
-                let is = is_copied(&guest, &peer, fd, pieces).context(what.clone())?;
-                expect_eq(&what, is, should)?;
-            }
-        }
+        expect_zero_copy(&guest, copies).with_context(|| format!("on a ring of {ring}"))?;
         lab.end_machines()?;
+    }
+    Ok(())
+}
+
+/// That the kernel sends the caller's pages, or `copies` them.
+fn expect_zero_copy(guest: &Guest, copies: bool) -> Result<()> {
+    for kind in [STREAM, SEQPACKET] {
+        let fd = guest.socket(kind)?;
+        let peer = Peer::accept(guest, fd)?;
+        let on = 1_i32.to_ne_bytes();
+        guest.set_option(fd, libc::SOL_SOCKET, libc::SO_ZEROCOPY, &on)?;
+        let few = Pieces { count: 5, len: 100 };
+        let many = Pieces {
+            count: 40,
+            len: 100,
+        };
+        for (pieces, should) in [(&few, copies), (&many, true), (&few, copies)] {
+            let what = format!("{} pieces of a socket of type {kind} copied", pieces.count);
+            let is = is_copied(guest, &peer, fd, pieces).context(what.clone())?;
+            expect_eq(&what, is, should)?;
+        }
+        io_uring_gives_memory_back(guest, &peer, fd, copies)
+            .with_context(|| format!("an io_uring and a socket of type {kind}"))?;
     }
     Ok(())
 }
@@ -144,7 +164,10 @@ pub fn without_ring_features(lab: &Lab) -> Result<()> {
         FEATURE_EVENT_IDX | FEATURE_INDIRECT_DESC,
     ] {
         lab.set_ring_features(all & !without);
-        expect_to_work_on(lab, &Hardware::default())?;
+        let guest = lab.guest()?;
+        exchange_over_the_bridge(&guest).with_context(|| format!("without {without:#x}"))?;
+        expect_zero_copy(&guest, false).with_context(|| format!("without {without:#x}"))?;
+        lab.end_machines()?;
     }
     Ok(())
 }
@@ -244,13 +267,35 @@ pub fn full_bounce_pool(lab: &Lab) -> Result<()> {
     Ok(())
 }
 
-/// On virtio-mmio.
+/// On virtio-mmio, whose queues and configuration share an interrupt.
 pub fn mmio(lab: &Lab) -> Result<()> {
-    let hardware = Hardware {
+    const NEW_CID: u32 = GUEST_CID + 7;
+    let guest = lab.guest_on(&Hardware {
         bus: Bus::Mmio,
         ..Hardware::default()
-    };
-    expect_to_work_on(lab, &hardware)
+    })?;
+    exchange_over_the_bridge(&guest)?;
+    let listener = guest.listener(PORT)?;
+    let _stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    let reading = guest.start("recv", json!({"fd": fd, "len": 1}));
+    reading.expect_blocked(A_WHILE)?;
+    guest.device.transport_reset(u64::from(NEW_CID));
+    expect_errno("recv()", reading.wait::<String>(LIMIT), "ECONNRESET")?;
+    let _stream = guest.connect_from_host(PORT)?;
+    let fd = guest.accept(listener)?;
+    expect_eq("the address", guest.own_address(fd)?, (NEW_CID, PORT))?;
+
+    let reading = guest.start("recv", json!({"fd": fd, "len": 1}));
+    reading.expect_blocked(A_WHILE)?;
+    guest.sh(UNBIND)?;
+    expect_errno("recv()", reading.wait::<String>(LIMIT), "ECONNRESET")?;
+    expect_eq("the CID", guest.local_cid()?, CID_ANY)?;
+    guest.sh(BIND)?;
+    guest.device.wait_ready(LIMIT)?;
+    expect_eq("the CID", guest.local_cid()?, NEW_CID)?;
+    guest.close(listener)?;
+    exchange_over_the_bridge(&guest)
 }
 
 /// Lets a device of virtio-pci fail as QEMU does when a driver breaks the rules: by writing 0 to `queue_enable` of the

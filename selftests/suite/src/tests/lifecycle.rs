@@ -10,10 +10,11 @@ use anyhow::{ensure, Context, Result};
 use serde_json::json;
 use vsock_device::Op;
 
-use super::stream::{exchange_over_the_bridge, PACKET};
+use super::stream::{exchange_over_the_bridge, HOST, PACKET};
 use crate::agent::{sh, Ended, Pending};
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, CID_ANY, GUEST_CID, LIMIT, PORT, STREAM,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, CID_ANY, GUEST_CID, LIMIT, PORT,
+    SEQPACKET, STREAM,
 };
 use crate::machine::Hardware;
 use crate::Driver;
@@ -46,6 +47,24 @@ pub fn c_driver_first(lab: &Lab) -> Result<()> {
     let listener = guest.listener(PORT)?;
     let _stream = guest.connect_from_host(PORT)?;
     guest.accept(listener)?;
+    Ok(())
+}
+
+/// The device goes while sockets wait for an answer to connect(): there will be none.
+pub fn unbind_while_connecting(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let peer = Peer::watch(&guest);
+    let mut waiting = Vec::new();
+    for kind in [STREAM, SEQPACKET] {
+        let fd = guest.socket(kind)?;
+        waiting.push((fd, guest.start_connect(fd, HOST, PORT)));
+        peer.expect(Op::REQUEST)?;
+    }
+    guest.sh(UNBIND)?;
+    for (fd, connecting) in waiting {
+        expect_errno("connect()", connecting.wait::<()>(LIMIT), "ECONNRESET")?;
+        expect_errno("connect()", guest.connect(fd, HOST, PORT), "ENODEV")?;
+    }
     Ok(())
 }
 

@@ -12,16 +12,23 @@ use vsock_device::{Op, Packet};
 
 use crate::agent::Pending;
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT, SEQPACKET,
+    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, BULK_LIMIT, LIMIT, PORT,
+    SEQPACKET,
 };
+use crate::pattern;
 use crate::sockets::{Call, Completion};
 
 const PAGE: usize = 4096;
 
 const SO_VM_SOCKETS_BUFFER_SIZE: i32 = 0;
+const SO_VM_SOCKETS_BUFFER_MAX_SIZE: i32 = 2;
 
-/// What the agent's messages are full of.
-const FILLING: u8 = b'm';
+/// A message of the agent's.
+fn message(len: usize) -> Vec<u8> {
+    let mut message = vec![0; len];
+    pattern::fill(&mut message, 0, 0);
+    message
+}
 
 /// A connection whose peer has a buffer of `buf_alloc` bytes.
 fn connection(guest: &Guest, buf_alloc: u32) -> Result<(Peer<'_>, i32)> {
@@ -47,22 +54,31 @@ fn send(guest: &Guest, fd: i32, len: usize, flags: i32) -> Call<usize> {
     start_send(guest, fd, len, flags).wait(LIMIT)
 }
 
-/// The next message that the peer gets: its packets up to the one that ends it.
-fn receive(peer: &Peer) -> Result<Vec<u8>> {
+/// The next message that the peer gets, its packets up to the one that ends it, and the flags of that one.
+fn receive(peer: &Peer) -> Result<(Vec<u8>, u32)> {
     let mut message = Vec::new();
     loop {
         let packet = peer.expect(Op::RW)?;
         message.extend(packet.payload);
-        if packet.flags & SEQ_EOM != 0 {
-            return Ok(message);
+        if packet.flags != 0 {
+            return Ok((message, packet.flags));
         }
     }
 }
 
 fn expect_message(peer: &Peer, len: usize) -> Result<()> {
-    let message = receive(peer)?;
-    expect_eq("the message's length", message.len(), len)?;
-    expect_eq("the message", message, vec![FILLING; len])
+    expect_message_with(peer, len, SEQ_EOM)
+}
+
+fn expect_message_with(peer: &Peer, len: usize, should: u32) -> Result<()> {
+    let (is, flags) = receive(peer)?;
+    expect_eq("the message's length", is.len(), len)?;
+    let wrong = pattern::first_difference(&is, 0, 0);
+    ensure!(
+        wrong.is_none(),
+        "the message is another one from byte {wrong:?} on"
+    );
+    expect_eq("the flags of its last packet", flags, should)
 }
 
 /// A sender that finds too little room for a message, and does not wait for it, leaves nothing of it with the peer.
@@ -254,6 +270,68 @@ pub fn unreadable_end(lab: &Lab) -> Result<()> {
     expect_eq("completions", completions, vec![first])
 }
 
+/// Messages of many packets, more than the ring takes at once, in both directions.
+pub fn long_ones(lab: &Lab) -> Result<()> {
+    const BUFFER: u32 = 16 << 20;
+    const LEN: usize = 12 << 20;
+    let guest = lab.guest()?;
+    let fd = guest.socket(SEQPACKET)?;
+    for name in [SO_VM_SOCKETS_BUFFER_MAX_SIZE, SO_VM_SOCKETS_BUFFER_SIZE] {
+        let size = u64::from(BUFFER).to_ne_bytes();
+        guest.set_option(fd, libc::AF_VSOCK, name, &size)?;
+    }
+    let mut peer = Peer::accept(&guest, fd)?;
+    give_credit(&mut peer, BUFFER, 0)?;
+    expect_eq("send()", send(&guest, fd, LEN, 0)?, LEN)?;
+    expect_message(&peer, LEN)?;
+
+    let message = message(LEN);
+    let mut parts = message.chunks(3_500).peekable();
+    while let Some(part) = parts.next() {
+        guest.device.inject(Packet {
+            flags: if parts.peek().is_none() { SEQ_EOM } else { 0 },
+            payload: part.to_vec(),
+            ..peer.packet(Op::RW)
+        });
+    }
+    let receiving = guest.start("recv_long_message", json!({"fd": fd, "len": LEN + 1}));
+    expect_eq("recv()", receiving.wait(BULK_LIMIT)?, LEN)
+}
+
+/// The ends of records are where the sender has them, with messages of one packet and of several, and where the end comes alone.
+pub fn ends_of_records(lab: &Lab) -> Result<()> {
+    const BUFFER: u32 = 256 * 1024;
+    let guest = lab.guest()?;
+    let (mut peer, fd) = connection(&guest, BUFFER)?;
+    let mut sent = 0;
+    for (len, flags) in [
+        (10, 0),
+        (10, libc::MSG_EOR),
+        (100_000, 0),
+        (100_000, libc::MSG_EOR),
+    ] {
+        expect_eq("send()", send(&guest, fd, len, flags)?, len)?;
+        let eor = if flags == 0 { 0 } else { SEQ_EOR };
+        expect_message_with(&peer, len, SEQ_EOM | eor)?;
+        sent += len;
+        give_credit(&mut peer, BUFFER, sent as u32)?;
+    }
+    for (flags, payload) in [(0, "all of it"), (SEQ_EOM | SEQ_EOR, "")] {
+        guest.device.inject(Packet {
+            flags,
+            payload: payload.into(),
+            ..peer.packet(Op::RW)
+        });
+    }
+    let received = Received {
+        len: 9,
+        bytes: b"all of it".to_vec(),
+        ends_record: true,
+        is_cut: false,
+    };
+    expect_eq("recvmsg()", recv_message(&guest, fd, 100, 0)?, received)
+}
+
 /// A message as recvmsg() gives it.
 #[derive(Debug, Deserialize, PartialEq, Eq)]
 struct Received {
@@ -261,6 +339,11 @@ struct Received {
     bytes: Vec<u8>,
     ends_record: bool,
     is_cut: bool,
+}
+
+fn recv_message(guest: &Guest, fd: i32, len: usize, flags: i32) -> Result<Received> {
+    let params = json!({"fd": fd, "len": len, "flags": flags});
+    Ok(guest.start("recv_message", params).wait(LIMIT)?)
 }
 
 /// Messages that share memory, because there are many short ones, keep their lengths and the ends of their records.
@@ -283,27 +366,24 @@ pub fn many_short_ones(lab: &Lab) -> Result<()> {
         });
     }
     wait_for("all messages", || Ok(guest.siocinq(fd)? as usize == bytes))?;
-    let receive = |fd: i32, len: usize, flags: i32| -> Result<Received> {
-        let params = json!({"fd": fd, "len": len, "flags": flags});
-        Ok(guest.start("recv_message", params).wait(LIMIT)?)
-    };
+    let receive = |len: usize, flags: i32| recv_message(&guest, fd, len, flags);
     let first = || Received {
         len: 1,
         bytes: vec![0],
         ends_record: true,
         is_cut: false,
     };
-    expect_eq("the first", receive(fd, 100, libc::MSG_PEEK)?, first())?;
+    expect_eq("the first", receive(100, libc::MSG_PEEK)?, first())?;
     let received: u64 = guest
         .start("recv_short_messages", json!({"fd": fd, "count": COUNT - 2}))
         .wait(LIMIT)?;
     expect_eq("messages", received, COUNT - 2)?;
     // Of the one before the last a part is lost, and the last is whole.
     let len = |number: u64| 1 + (number % 7) as usize;
-    let cut = receive(fd, 1, 0)?;
+    let cut = receive(1, 0)?;
     ensure!(len(COUNT - 2) > 1, "the message is too short for this");
     expect_eq("what was cut", (cut.bytes.len(), cut.is_cut), (1, true))?;
-    let last = receive(fd, 100, 0)?;
+    let last = receive(100, 0)?;
     expect_eq(
         "the last",
         last.bytes,

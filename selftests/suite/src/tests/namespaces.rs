@@ -19,11 +19,16 @@ use crate::lab::{
 /// Allows one namespace besides the first: another can be made when that has gone.
 const ALLOW_ONE: &str = "echo 1 >/proc/sys/user/max_net_namespaces";
 
-/// A socket in the only namespace that may be, as soon as the one of before has gone.
+/// A stream socket in the only namespace that may be, as soon as the one of before has gone.
 fn socket_in_only_namespace(guest: &Guest) -> Result<i32> {
+    socket_of_kind_in_only_namespace(guest, STREAM)
+}
+
+/// The same of a kind, [`STREAM`] or [`SEQPACKET`].
+fn socket_of_kind_in_only_namespace(guest: &Guest, kind: i32) -> Result<i32> {
     let mut made = None;
     wait_for("the namespace of before to go", || {
-        match guest.socket_in_new_namespace(STREAM) {
+        match guest.socket_in_new_namespace(kind) {
             Ok(fd) => {
                 made = Some(fd);
                 Ok(true)
@@ -69,6 +74,20 @@ pub fn global_mode(lab: &Lab) -> Result<()> {
     for _ in 0..5 {
         expect_reachable(&guest)?;
     }
+    // So do messages.
+    let fd = socket_of_kind_in_only_namespace(&guest, SEQPACKET)?;
+    let peer = Peer::accept(&guest, fd)?;
+    guest.send(fd, "to the host")?;
+    let received = peer.expect(Op::RW)?.payload;
+    expect_eq("what the host received", received, b"to the host".to_vec())?;
+    guest.close(fd)?;
+    peer.expect(Op::SHUTDOWN)?;
+    peer.send(Op::RST);
+    let listener = socket_of_kind_in_only_namespace(&guest, SEQPACKET)?;
+    guest.bind(listener, CID_ANY, PORT)?;
+    guest.listen(listener, 1)?;
+    Peer::connect_kind(&guest, SEQPACKET)?;
+    guest.accept(listener)?;
     Ok(())
 }
 

@@ -416,6 +416,21 @@ pub fn spare_buffers(lab: &Lab) -> Result<()> {
     wait_for("a buffer of a packet to the device to be kept", || {
         Ok(guest.queue_length("tx_spare_buffers")? > 0)
     })?;
+    // They are what the device gets when it has used half of its buffers, and what is sent next is put into.
+    let half = usize::from(DEFAULT_RING) / 2;
+    for _ in 0..half {
+        peer.send_payload(&[b'x'; LONG]);
+    }
+    wait_for("the packets", || {
+        Ok(guest.siocinq(fd)? as usize == half * LONG)
+    })?;
+    expect_lengths(&guest, &[("rx_spare_buffers", 0)])?;
+    let kept = guest.queue_length("tx_spare_buffers")?;
+    guest.device.hold_tx(true);
+    guest.send(fd, &"y".repeat(LONG))?;
+    expect_lengths(&guest, &[("tx_spare_buffers", kept - 1)])?;
+    guest.device.hold_tx(false);
+    peer.find(Op::RW)?;
     guest.sh(UNBIND)?;
     expect_lengths(&guest, &none)?;
     lab.end_machines()?;
@@ -539,11 +554,19 @@ pub fn tracepoints(lab: &Lab) -> Result<()> {
     let mut answer = [0; 7];
     stream.read_exact(&mut answer)?;
     let port = guest.peer_address(fd)?.1;
+    // The C driver's have no credit.
+    let credit = |fwd_cnt: u32| match lab.driver {
+        Driver::Rs => format!(" flags=0x0 buf_alloc=262144 fwd_cnt={fwd_cnt}\n"),
+        Driver::C => String::new(),
+    };
+    let (before, after) = (credit(0), credit(5));
     for expected in [
         format!("{received}: {HOST_CID}:{port} -> {GUEST_CID}:{PORT} len=0 type=STREAM op=REQUEST"),
-        format!("{sent}: {GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=0 type=STREAM op=RESPONSE"),
+        format!(
+            "{sent}: {GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=0 type=STREAM op=RESPONSE{before}"
+        ),
         format!("{received}: {HOST_CID}:{port} -> {GUEST_CID}:{PORT} len=5 type=STREAM op=RW"),
-        format!("{sent}: {GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=7 type=STREAM op=RW"),
+        format!("{sent}: {GUEST_CID}:{PORT} -> {HOST_CID}:{port} len=7 type=STREAM op=RW{after}"),
     ] {
         wait_for(&format!("the trace to have {expected:?}"), || {
             Ok(guest

@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use anyhow::{ensure, Context, Result};
 use serde_json::json;
-use vsock_device::{packet::SEQ_EOM, Op, Packet, HOST_CID};
+use vsock_device::packet::{SEQ_EOM, SHUTDOWN_RCV, SHUTDOWN_SEND};
+use vsock_device::{Op, Packet, HOST_CID};
 
 use crate::lab::{
     accept_at_host, expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY,
     GUEST_CID, LIMIT, PORT, PORT_ANY, SEQPACKET, STREAM,
 };
+use crate::machine::DEFAULT_RING;
 
 /// Waits until the guest knows its new CID.
 fn wait_for_cid(guest: &Guest, cid: u32) -> Result<()> {
@@ -224,6 +226,7 @@ pub fn every_blocked_reader(lab: &Lab) -> Result<()> {
             "EPIPE",
         )?;
         expect_eq(&format!("SO_ERROR after {what}"), error_of(&guest, fd)?, 0)?;
+        expect_eq(&format!("SIOCINQ after {what}"), guest.siocinq(fd)?, 0)?;
     }
     let events: i32 = epoll_wait.wait(LIMIT)?;
     ensure!(
@@ -462,7 +465,40 @@ pub fn silence_afterwards(lab: &Lab) -> Result<()> {
     peer.expect_silence()?;
     expect_reset(&guest, fd)?;
     guest.close(fd)?;
+    peer.expect_silence()?;
+
+    // Of one that the peer had closed what was unread can still be read.
+    peer.send(Op::REQUEST);
+    peer.expect(Op::RESPONSE)?;
+    let fd = guest.accept(listener)?;
+    peer.send_payload(b"last words");
+    peer.send_shutdown(SHUTDOWN_RCV | SHUTDOWN_SEND);
+    let wanted = libc::POLLRDHUP;
+    let end = guest.poll(fd, wanted, LIMIT)?;
+    ensure!(end & wanted != 0, "poll() says {end:#x}");
+    let resets = guest.counter("transport_resets")?;
+    guest.device.transport_reset(u64::from(GUEST_CID));
+    guest.wait_counter("transport_resets", resets + 1)?;
+    let read = guest.recv(fd, 4)?;
+    expect_eq("what was unread", read, "last".to_owned())?;
+    guest.close(fd)?;
     peer.expect_silence()
+}
+
+/// Resets the device to a CID and sends a packet after that, which the driver is to see before the event. The queues of the device
+/// share an interrupt, so it sees both unless it is busy with packets.
+fn reset_before_packet(guest: &Guest, peer: &Peer, cid: u32, packet: Packet) {
+    const ENOUGH: usize = 5_000;
+    for _ in 0..ENOUGH {
+        // Of no connection, and nothing answers it.
+        guest.device.inject(Packet {
+            dst_port: PORT_ANY - 1,
+            ..peer.packet(Op::RST)
+        });
+    }
+    guest
+        .device
+        .transport_reset_silently(u64::from(cid), packet);
 }
 
 /// A request of the new host for the very addresses of an old connection, that is there before the driver knows of the
@@ -474,17 +510,13 @@ pub fn request_before_event(lab: &Lab) -> Result<()> {
     let old = guest.accept(listener)?;
     for cid in [GUEST_CID, GUEST_CID + 4, GUEST_CID] {
         peer.set_cids(HOST_CID, u64::from(cid));
-        guest
-            .device
-            .transport_reset_silently(u64::from(cid), peer.packet(Op::REQUEST));
+        reset_before_packet(&guest, &peer, cid, peer.packet(Op::REQUEST));
         peer.expect(Op::RESPONSE)?;
         let new = guest.accept(listener)?;
         expect_eq("its address", guest.own_address(new)?, (cid, PORT))?;
         peer.send_payload(b"hello");
         expect_eq("what it reads", guest.recv(new, 5)?, "hello".to_owned())?;
-        guest
-            .device
-            .transport_reset_silently(u64::from(cid), peer.packet(Op::REQUEST));
+        reset_before_packet(&guest, &peer, cid, peer.packet(Op::REQUEST));
         peer.expect(Op::RESPONSE)?;
         expect_reset(&guest, new)?;
         let newest = guest.accept(listener)?;
@@ -495,7 +527,17 @@ pub fn request_before_event(lab: &Lab) -> Result<()> {
             b"still here".to_vec(),
         )?;
     }
-    expect_reset(&guest, old)
+    expect_reset(&guest, old)?;
+
+    // One of before the event makes no connection.
+    let stale = peer.packet(Op::REQUEST);
+    let cid = GUEST_CID + 9;
+    reset_before_packet(&guest, &peer, cid, stale);
+    wait_for_cid(&guest, cid)?;
+    guest.device.wait_delivered(LIMIT)?;
+    peer.expect_silence()?;
+    guest.set_nonblocking(listener, true)?;
+    expect_errno("accept()", guest.accept(listener), "EAGAIN")
 }
 
 /// Sends from the application's pages that are on their way when the reset comes: each gets its completion.
@@ -597,30 +639,41 @@ pub fn attempts(lab: &Lab) -> Result<()> {
         Ok((fd, connecting))
     };
 
-    // An answer to another CID is of a connection that has ended: there will be no other.
-    for (answer, cid, own_cid) in [
-        (Op::RESPONSE, GUEST_CID, CID_ANY),
-        (Op::RST, GUEST_CID + 1, CID_ANY),
-        (Op::RESPONSE, GUEST_CID + 2, GUEST_CID + 2),
-    ] {
-        let (fd, connecting) = begin(&mut peer, own_cid)?;
-        guest.device.transport_reset(u64::from(cid + 1));
-        wait_for_cid(&guest, cid + 1)?;
-        peer.set_cids(HOST_CID, u64::from(cid));
-        peer.send(answer);
-        expect_errno("connect()", connecting.wait::<()>(LIMIT), "ECONNRESET")?;
-        guest.close(fd)?;
+    // An answer to another CID is of a connection that has ended: there will be no other. The driver may know of the event by then,
+    // or not.
+    let mut cid = GUEST_CID;
+    for is_known in [true, false] {
+        for (answer, is_bound) in [
+            (Op::RESPONSE, false),
+            (Op::RST, false),
+            (Op::RESPONSE, true),
+        ] {
+            let own_cid = if is_bound { cid } else { CID_ANY };
+            let (fd, connecting) = begin(&mut peer, own_cid)?;
+            peer.set_cids(HOST_CID, u64::from(cid));
+            cid += 1;
+            if is_known {
+                guest.device.transport_reset(u64::from(cid));
+                wait_for_cid(&guest, cid)?;
+                peer.send(answer);
+            } else {
+                reset_before_packet(&guest, &peer, cid, peer.packet(answer));
+            }
+            expect_errno("connect()", connecting.wait::<()>(LIMIT), "ECONNRESET")?;
+            wait_for_cid(&guest, cid)?;
+            guest.close(fd)?;
+        }
     }
 
     // One to the present CID is what a socket waits for that was bound to the CID of before.
-    let cid = u64::from(GUEST_CID + 4);
-    peer.set_cids(HOST_CID, cid);
-    let (fd, connecting) = begin(&mut peer, GUEST_CID + 3)?;
-    guest.device.transport_reset(cid);
-    wait_for_cid(&guest, GUEST_CID + 4)?;
+    let (fd, connecting) = begin(&mut peer, cid)?;
+    cid += 1;
+    guest.device.transport_reset(u64::from(cid));
+    wait_for_cid(&guest, cid)?;
+    peer.set_cids(HOST_CID, u64::from(cid));
     peer.send(Op::RESPONSE);
     connecting.wait::<()>(LIMIT).context("connect()")?;
-    expect_eq("its CID", guest.own_address(fd)?.0, GUEST_CID + 4)?;
+    expect_eq("its CID", guest.own_address(fd)?.0, cid)?;
     guest.close(fd)?;
     peer.find(Op::SHUTDOWN)?;
     peer.send(Op::RST);
@@ -629,7 +682,7 @@ pub fn attempts(lab: &Lab) -> Result<()> {
     for is_there in [true, false] {
         let resets = guest.counter("transport_resets")?;
         let (fd, connecting) = begin(&mut peer, CID_ANY)?;
-        guest.device.transport_reset(cid);
+        guest.device.transport_reset(u64::from(cid));
         guest.wait_counter("transport_resets", resets + 1)?;
         peer.send(Op::RESPONSE);
         connecting.wait::<()>(LIMIT).context("connect()")?;
@@ -645,6 +698,37 @@ pub fn attempts(lab: &Lab) -> Result<()> {
         guest.close(fd)?;
     }
     Ok(())
+}
+
+/// An attempt that has not gone to the device yet when the CID changes, and its shutdown() behind it: the peer gets both from
+/// the new CID.
+pub fn attempt_that_waits(lab: &Lab) -> Result<()> {
+    let guest = lab.guest()?;
+    let listener = guest.listener(PORT)?;
+    let peer = Peer::connect(&guest)?;
+    let busy = guest.accept(listener)?;
+    guest.device.hold_tx(true);
+    guest
+        .start_send_small(busy, u64::from(DEFAULT_RING))
+        .wait::<u64>(LIMIT)?;
+    let fd = guest.socket(STREAM)?;
+    let connecting = guest.start_connect(fd, HOST_CID as u32, PORT);
+    wait_for("the request to wait", || {
+        Ok(guest.queue_length("tx_waiting")? == 1)
+    })?;
+    guest.shutdown(fd, libc::SHUT_WR)?;
+    expect_eq("packets that wait", guest.queue_length("tx_waiting")?, 2)?;
+    let cid = GUEST_CID + 1;
+    guest.device.transport_reset(u64::from(cid));
+    wait_for_cid(&guest, cid)?;
+    guest.device.hold_tx(false);
+    let request = peer.find(Op::REQUEST)?;
+    let shutdown = peer.expect(Op::SHUTDOWN)?;
+    for packet in [&request, &shutdown] {
+        expect_eq("the source", packet.src_cid, u64::from(cid))?;
+    }
+    guest.device.inject(request.reply(Op::RESPONSE));
+    connecting.wait::<()>(LIMIT).context("connect()")
 }
 
 /// Many resets in a row, with connections in between and several events waiting at once.
