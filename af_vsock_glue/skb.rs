@@ -729,6 +729,14 @@ impl<C> SkBuffQueue<C> {
         }
     }
 
+    /// Calls `f` with each buffer from the first on.
+    pub(crate) fn for_each(&self, mut f: impl FnMut(&SkBuff<C>)) {
+        let _ = self.try_for_each(|skb| {
+            f(skb);
+            ControlFlow::<()>::Continue(())
+        });
+    }
+
     /// Calls `f` with each buffer from the first on, until it breaks off.
     pub(crate) fn try_for_each<B>(
         &self,

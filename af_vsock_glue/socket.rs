@@ -325,7 +325,7 @@ impl Socket {
     ///
     /// # Safety
     ///
-    /// `matches` may be called with any bound socket, with its lock or that of the tables held.
+    /// `matches` may be called with any valid socket, with its lock or that of the tables held.
     unsafe fn for_each_bound(
         matches: impl Fn(*mut bindings::vsock_sock) -> bool,
         change: impl Fn(&LockedSocket<'_>),
@@ -350,7 +350,7 @@ impl Socket {
                         change(&socket);
                     }
                 }
-                // None of these is found again: it was changed, or does not match any more.
+                // None of these is found again, unless it has come to match anew.
                 if found.iter().any(Option::is_none) {
                     break;
                 }

@@ -153,7 +153,7 @@ impl super::tx::TxState {
     /// Linux 7.2 an RST of the one before may be first).
     pub(crate) fn readdress_requests(&mut self, guest_cid: Cid) {
         let turns = self.backlog.turns.take();
-        let _ = turns.try_for_each(|packet| {
+        turns.for_each(|packet| {
             if let (Some(connection), Some(header)) =
                 (packet.control().connection(), packet.front())
             {
@@ -162,7 +162,6 @@ impl super::tx::TxState {
                     self.readdress(&connection, guest_cid, host_cid);
                 }
             }
-            core::ops::ControlFlow::<()>::Continue(())
         });
         self.backlog.turns = turns;
     }
@@ -181,12 +180,11 @@ impl super::tx::TxState {
     pub(crate) fn count_waiting(&mut self) -> usize {
         let turns = self.backlog.turns.take();
         let mut count = turns.len();
-        let _ = turns.try_for_each(|packet| {
+        turns.for_each(|packet| {
             if let Some(connection) = packet.control().connection() {
                 let waiting = connection.waiting().access_mut(self);
                 count += waiting.behind.len() + usize::from(waiting.before.is_some());
             }
-            core::ops::ControlFlow::<()>::Continue(())
         });
         self.backlog.turns = turns;
         count
@@ -281,9 +279,8 @@ impl Backlog {
 /// How many packets answer one of the device.
 fn replies(packets: &SkBuffQueue<Outgoing>) -> usize {
     let mut count = 0;
-    let _ = packets.try_for_each(|packet| {
+    packets.for_each(|packet| {
         count += usize::from(packet.control().is_reply());
-        core::ops::ControlFlow::<()>::Continue(())
     });
     count
 }

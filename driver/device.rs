@@ -5,7 +5,7 @@
 use super::{
     events::{read_guest_cid, EventQueue},
     queue_work,
-    rx::{fail_connect, RxQueue},
+    rx::RxQueue,
     work,
     VsockDriver, //
 };
@@ -166,10 +166,13 @@ impl VsockDriver {
         let events = self.events.lock().take();
         let tx = self.tx.take_queue();
         self.set_guest_cid(None);
+        self.resets.add(1, Relaxed);
         drop((rx, events, tx));
         self.statistics.dropped_tx.add(self.tx.drop_backlog());
         self.reset_all_connections(&self.statistics.resets_by_device_loss);
         // Nobody will answer these.
-        Socket::for_each_connecting::<Self>(|socket| fail_connect(socket, ConnectError::Refused));
+        Socket::for_each_connecting::<Self>(|socket| {
+            self.fail_connect(socket, ConnectError::Refused);
+        });
     }
 }

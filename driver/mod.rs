@@ -85,7 +85,8 @@ pub(crate) struct VsockDriver {
     /// The place in the receive queue up to which packets were handled, as updates of CIDs say it. Changed with the rx mutex,
     /// or while there is no such queue.
     rx_handled: Atomic<u32>,
-    /// How many transport resets there were, refused updates among them, modulo 2^32. Changed with the rx mutex.
+    /// How often all connections were lost, modulo 2^32: by transport resets, refused updates among them, and with the device.
+    /// Changed with the rx mutex, or when there is no receive queue any more.
     resets: Atomic<u32>,
     /// How many migrations there were. Changed with the events mutex.
     migrations: Atomic<u64>,

@@ -345,12 +345,12 @@ impl VsockDriver {
             && protocol_type(socket.kind()) == Some(header.socket_type)
             && socket.accepts_source::<Self>(flow.remote)
         {
-            fail_connect(&socket, ConnectError::Refused);
+            self.fail_connect(&socket, ConnectError::Refused);
         }
     }
 
     /// Whether there was a transport reset after the peer was asked for a connection, or after that was made. Needs the socket's
-    /// lock; without the rx mutex it may have been so a moment ago.
+    /// lock; without the rx mutex the answer may be out of date.
     pub(super) fn was_reset_since(&self, connection: &Connection) -> bool {
         connection.resets_before() != self.resets.load(Relaxed)
     }
@@ -427,7 +427,7 @@ impl VsockDriver {
                 if error == ConnectError::Refused {
                     self.statistics.refused_connects.increment();
                 }
-                fail_connect(socket, error);
+                self.fail_connect(socket, error);
             }
             Step::RespondAgain => {
                 if connection.has_sent_nothing() {
@@ -598,16 +598,19 @@ impl VsockDriver {
         socket.remove_from_tables();
         true
     }
-}
 
-/// Ends an attempt to connect.
-pub(super) fn fail_connect(socket: &LockedSocket<'_>, error: ConnectError) {
-    socket.set_state(SocketState::Closed);
-    let error = match error {
-        ConnectError::Refused => ECONNRESET,
-        ConnectError::Protocol => EPROTO,
-    };
-    socket.fail(error.into());
+    /// Ends an attempt to connect; what waits to be sent of it is of no use any more. Sleeps.
+    pub(super) fn fail_connect(&self, socket: &LockedSocket<'_>, error: ConnectError) {
+        if let Some(connection) = socket.connection::<Self>() {
+            self.cancel_waiting(&connection);
+        }
+        socket.set_state(SocketState::Closed);
+        let error = match error {
+            ConnectError::Refused => ECONNRESET,
+            ConnectError::Protocol => EPROTO,
+        };
+        socket.fail(error.into());
+    }
 }
 
 /// The type that a socket's packets have; datagrams have none.

@@ -96,8 +96,16 @@ impl Transport for VsockDriver {
         // Read before the request goes: a response to one of before a reset is never taken for one to a request of after it.
         connection.note_request(self.resets.load(Acquire));
         self.send_control(socket, connection, ControlPacket::of(Op::Request))
-            // A device that is broken is about to be gone.
-            .map_err(|error| if error == EIO { ENODEV } else { error })
+            .map_err(|error| {
+                // The core leaves it as if an answer could come.
+                socket.set_state(SocketState::Closed);
+                // A device that is broken is about to be gone.
+                if error == EIO {
+                    ENODEV
+                } else {
+                    error
+                }
+            })
     }
 
     fn cancel(self: ArcBorrow<'_, Self>, socket: &LockedSocket<'_>) {

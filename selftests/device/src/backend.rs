@@ -184,7 +184,7 @@ impl Backend {
                     rings[queue].interrupt()?;
                     used[queue] = true;
                 }
-                silent_events = std::mem::take(&mut state.silent_events);
+                silent_events = used[EVENT] && std::mem::take(&mut state.silent_events);
                 state.posted = (rings[RX].posted(), rings[EVENT].posted());
                 state.started = true;
                 device.changed.notify_all();

@@ -497,7 +497,7 @@ impl Device {
     }
 
     /// Ends all connections like [`transport_reset`](Device::transport_reset), and sends a packet after that; the driver is
-    /// notified of the packet only. Where the queues share an interrupt it looks at both.
+    /// notified of the packet only. Where queues share an interrupt the driver looks at both.
     pub fn transport_reset_silently(&self, cid: u64, packet: Packet) {
         self.set_guest_cid(cid);
         self.change(|state| {

@@ -92,8 +92,7 @@ tests! {
         updates_are_few, no_updates_at_the_end, no_update_answers_the_end, room_beside_an_unread_message,
         low_water_mark, message_below_the_mark, ioctls, epoll_edges, buffer_size_limits, buffer_grows_while_connecting;
     reset: new_cid, bound_sockets_follow, same_cid_and_blocked_calls, late_rst_does_not_hide_it, attempts, attempt_that_waits,
-        repeated,
-        every_blocked_reader, reader_with_a_part, every_blocked_writer, so_error, half_closed, accept_queue,
+        repeated, every_blocked_reader, reader_with_a_part, every_blocked_writer, so_error, half_closed, accept_queue,
         request_before_event, silence_afterwards, zerocopy_completions, lingering_close, sockets_in_a_sockmap;
     checkpoint: connections_go_on, unlisted_are_reset, packets_that_wait, credit_of_packets_that_wait,
         packets_before_and_after, behind_a_flood, same_cids, again_and_again, update_of_nothing, refused_updates,
@@ -107,8 +106,7 @@ tests! {
     namespaces: global_mode, local_mode, deletion;
     hardware: ring_sizes, without_ring_features, zero_copy, kinds_of_sockets, platform_dma, full_bounce_pool, mmio, needs_reset;
     lifecycle: c_driver_first, rust_driver_first, unbind_with_traffic, unbind_while_connecting,
-        unbind_within_a_send, remove_while_in_use,
-        unbind_in_a_loop, hotplug, two_devices, suspend;
+        unbind_within_a_send, remove_while_in_use, unbind_in_a_loop, hotplug, two_devices, suspend;
     upstream: vsock_test, vsock_diag_test, vsock_uring_test;
     observe: counters, queue_lengths, spare_buffers, vsockmon, vsockmon_of_waiting_packets, tracepoints, diagnostics,
         sockmap;

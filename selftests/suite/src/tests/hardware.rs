@@ -77,25 +77,25 @@ fn is_copied(guest: &Guest, peer: &Peer, fd: i32, pieces: &Pieces) -> Result<boo
     });
     guest.device.hold_tx(true);
     let sent: usize = guest.start("send_zero_copy_pieces", params).wait(LIMIT)?;
-    let early = guest.zero_copy_completions(fd)?;
+    let mut completions = guest.zero_copy_completions(fd)?;
+    let is_early = !completions.is_empty();
     guest.device.hold_tx(false);
     expect_eq("bytes sent", sent, len)?;
     let mut received = Vec::new();
     while received.len() < len {
         received.extend(peer.expect(Op::RW)?.payload);
     }
-    let completions = match early.is_empty() {
-        true => guest.wait_zero_copy_completions(fd)?,
-        false => early.clone(),
-    };
+    if !is_early {
+        completions = guest.wait_zero_copy_completions(fd)?;
+    }
     ensure!(
         completions.len() == 1,
         "one call has the completions {completions:?}"
     );
     let is_copied = completions[0].is_copied;
     ensure!(
-        is_copied || early.is_empty(),
-        "complete before the device had it: {early:?}"
+        is_copied || !is_early,
+        "the completion {completions:?} came before the device had the memory"
     );
     let should = if is_copied { BEFORE } else { LATER };
     ensure!(

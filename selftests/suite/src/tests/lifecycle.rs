@@ -61,9 +61,19 @@ pub fn unbind_while_connecting(lab: &Lab) -> Result<()> {
         peer.expect(Op::REQUEST)?;
     }
     guest.sh(UNBIND)?;
+    let mut fds = Vec::new();
     for (fd, connecting) in waiting {
         expect_errno("connect()", connecting.wait::<()>(LIMIT), "ECONNRESET")?;
         expect_errno("connect()", guest.connect(fd, HOST, PORT), "ENODEV")?;
+        fds.push(fd);
+    }
+    // They are told once.
+    guest.sh(BIND)?;
+    guest.device.wait_ready(LIMIT)?;
+    guest.sh(UNBIND)?;
+    for fd in fds {
+        let error = guest.option(fd, libc::SOL_SOCKET, libc::SO_ERROR, 4)?;
+        expect_eq("SO_ERROR", error, vec![0; 4])?;
     }
     Ok(())
 }

@@ -23,10 +23,13 @@ const PAGE: usize = 4096;
 const SO_VM_SOCKETS_BUFFER_SIZE: i32 = 0;
 const SO_VM_SOCKETS_BUFFER_MAX_SIZE: i32 = 2;
 
+/// What the pattern of the agent's messages has for a seed.
+const SEED: u64 = 0;
+
 /// A message of the agent's.
 fn message(len: usize) -> Vec<u8> {
     let mut message = vec![0; len];
-    pattern::fill(&mut message, 0, 0);
+    pattern::fill(&mut message, SEED, 0);
     message
 }
 
@@ -73,7 +76,7 @@ fn expect_message(peer: &Peer, len: usize) -> Result<()> {
 fn expect_message_with(peer: &Peer, len: usize, should: u32) -> Result<()> {
     let (is, flags) = receive(peer)?;
     expect_eq("the message's length", is.len(), len)?;
-    let wrong = pattern::first_difference(&is, 0, 0);
+    let wrong = pattern::first_difference(&is, SEED, 0);
     ensure!(
         wrong.is_none(),
         "the message is another one from byte {wrong:?} on"

@@ -509,8 +509,12 @@ pub fn request_before_event(lab: &Lab) -> Result<()> {
     let mut peer = Peer::connect(&guest)?;
     let old = guest.accept(listener)?;
     for cid in [GUEST_CID, GUEST_CID + 4, GUEST_CID] {
+        let request = Packet {
+            dst_cid: u64::from(cid),
+            ..peer.packet(Op::REQUEST)
+        };
+        reset_before_packet(&guest, &peer, cid, request);
         peer.set_cids(HOST_CID, u64::from(cid));
-        reset_before_packet(&guest, &peer, cid, peer.packet(Op::REQUEST));
         peer.expect(Op::RESPONSE)?;
         let new = guest.accept(listener)?;
         expect_eq("its address", guest.own_address(new)?, (cid, PORT))?;
@@ -660,6 +664,9 @@ pub fn attempts(lab: &Lab) -> Result<()> {
                 reset_before_packet(&guest, &peer, cid, peer.packet(answer));
             }
             expect_errno("connect()", connecting.wait::<()>(LIMIT), "ECONNRESET")?;
+            // Where it was an RST the driver may not know of the event yet: this makes it look.
+            peer.set_cids(HOST_CID, u64::from(cid));
+            peer.send(Op::RST);
             wait_for_cid(&guest, cid)?;
             guest.close(fd)?;
         }
