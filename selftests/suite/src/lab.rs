@@ -17,7 +17,7 @@ use anyhow::{anyhow, bail, ensure, Context, Result};
 use serde_json::json;
 use vsock_device::bridge;
 use vsock_device::device::{FEATURE_RING_PACKED, RING_FEATURES};
-use vsock_device::packet::{TYPE_SEQPACKET, TYPE_STREAM};
+use vsock_device::packet::{SEQ_EOM, TYPE_SEQPACKET, TYPE_STREAM};
 use vsock_device::update::FEATURE_CHECKPOINT;
 use vsock_device::{Device, DeviceConfig, Op, Packet, Relay, Switch, HOST_CID, READY};
 
@@ -843,6 +843,18 @@ impl<'a> Peer<'a> {
             payload: payload.to_vec(),
             ..self.packet(Op::RW)
         });
+    }
+
+    /// Sends a message of a seqpacket socket, in packets that fit into the guest's buffers.
+    pub fn send_message(&self, message: &[u8]) {
+        let mut parts = message.chunks(3_500).peekable();
+        while let Some(part) = parts.next() {
+            self.guest.device.inject(Packet {
+                flags: if parts.peek().is_none() { SEQ_EOM } else { 0 },
+                payload: part.to_vec(),
+                ..self.packet(Op::RW)
+            });
+        }
     }
 
     /// Shuts directions down.

@@ -205,15 +205,7 @@ pub fn room_beside_an_unread_message(lab: &Lab) -> Result<()> {
     let mut peer = Peer::accept(&guest, fd)?;
     peer.set_credit(256 * 1024, 0);
     for _ in 0..2 {
-        let message = [1; LEN];
-        let mut parts = message.chunks(3_500).peekable();
-        while let Some(part) = parts.next() {
-            guest.device.inject(Packet {
-                flags: if parts.peek().is_none() { SEQ_EOM } else { 0 },
-                payload: part.to_vec(),
-                ..peer.packet(Op::RW)
-            });
-        }
+        peer.send_message(&[1; LEN]);
     }
     wait_for("both messages", || {
         Ok(guest.siocinq(fd)? as usize == 2 * LEN)

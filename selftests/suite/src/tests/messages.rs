@@ -288,15 +288,7 @@ pub fn long_ones(lab: &Lab) -> Result<()> {
     expect_eq("send()", send(&guest, fd, LEN, 0)?, LEN)?;
     expect_message(&peer, LEN)?;
 
-    let message = message(LEN);
-    let mut parts = message.chunks(3_500).peekable();
-    while let Some(part) = parts.next() {
-        guest.device.inject(Packet {
-            flags: if parts.peek().is_none() { SEQ_EOM } else { 0 },
-            payload: part.to_vec(),
-            ..peer.packet(Op::RW)
-        });
-    }
+    peer.send_message(&message(LEN));
     let receiving = guest.start("recv_long_message", json!({"fd": fd, "len": LEN + 1}));
     expect_eq("recv()", receiving.wait(BULK_LIMIT)?, LEN)
 }
