@@ -14,22 +14,28 @@ use crate::lab::{
 };
 use crate::machine::{Hardware, DEFAULT_RING};
 
+/// Makes a connection from a port of the host to a listener.
+fn connect(guest: &Guest, peer: &Peer, listener: i32, host_port: u32) -> Result<i32> {
+    guest.device.inject(Packet {
+        src_port: host_port,
+        ..peer.packet(Op::REQUEST)
+    });
+    peer.expect(Op::RESPONSE)?;
+    Ok(guest.accept(listener)?)
+}
+
 /// Connections with thousands of small packets that wait do not keep another one waiting for all of them.
 pub fn fairness(lab: &Lab) -> Result<()> {
-    const BUSY: usize = 3;
+    const BUSY: u32 = 3;
     const MANY: u64 = 2000;
     let guest = lab.guest()?;
     let listener = guest.listener(PORT)?;
     let peer = Peer::watch(&guest);
-    let mut other = peer.packet(Op::REQUEST);
-    let mut connect = || -> Result<i32> {
-        other.src_port += 1;
-        guest.device.inject(other.clone());
-        peer.expect(Op::RESPONSE)?;
-        Ok(guest.accept(listener)?)
-    };
-    let busy: Vec<i32> = (0..BUSY).map(|_| connect()).collect::<Result<_>>()?;
-    let modest = connect()?;
+    let busy: Vec<i32> = (1..=BUSY)
+        .map(|host_port| connect(&guest, &peer, listener, host_port))
+        .collect::<Result<_>>()?;
+    let modest_port = BUSY + 1;
+    let modest = connect(&guest, &peer, listener, modest_port)?;
 
     guest.device.hold_tx(true);
     for fd in busy {
@@ -39,17 +45,17 @@ pub fn fairness(lab: &Lab) -> Result<()> {
     expect_eq("send() of the other", guest.send(modest, "x")?, 1)?;
     guest.device.hold_tx(false);
 
-    let is_other = |packet: &Packet| packet.op == Op::RW && packet.dst_port == other.src_port;
+    let is_other = |packet: &Packet| packet.op == Op::RW && packet.dst_port == modest_port;
     let mut before = 0;
     while !is_other(&peer.next("the packet of the other connection")?) {
         before += 1;
     }
     let ring = usize::from(DEFAULT_RING);
     ensure!(
-        before <= ring + BUSY,
+        before <= ring + BUSY as usize,
         "{before} packets came before that of the other connection; more than {ring}, which the device had, and one of each of {BUSY}"
     );
-    for at in before..BUSY * MANY as usize {
+    for at in before..BUSY as usize * MANY as usize {
         peer.expect(Op::RW)
             .with_context(|| format!("small packet {at}"))?;
     }
@@ -64,12 +70,9 @@ pub fn order_is_kept(lab: &Lab) -> Result<()> {
     let listener = guest.listener(PORT)?;
     let peer = Peer::watch(&guest);
     let mut fds = Vec::new();
+    let first_port = peer.packet(Op::REQUEST).src_port;
     for at in 0..CONNECTIONS {
-        let mut request = peer.packet(Op::REQUEST);
-        request.src_port += at;
-        guest.device.inject(request);
-        peer.expect(Op::RESPONSE)?;
-        fds.push(guest.accept(listener)?);
+        fds.push(connect(&guest, &peer, listener, first_port + at)?);
     }
     guest.device.hold_tx(true);
     for at in 0..PACKETS {
@@ -83,7 +86,6 @@ pub fn order_is_kept(lab: &Lab) -> Result<()> {
     }
     guest.device.hold_tx(false);
     let mut came = vec![0; CONNECTIONS as usize];
-    let first_port = peer.packet(Op::RST).src_port;
     for _ in 0..CONNECTIONS as usize * (PACKETS + 1) {
         let packet = peer.next("a packet that waited")?;
         let of = &mut came[(packet.dst_port - first_port) as usize];
