@@ -753,6 +753,14 @@ pub fn expect_eq<T: PartialEq + std::fmt::Debug>(what: &str, is: T, should: T) -
     Ok(())
 }
 
+/// That a socket gets an error. A poll() that comes while the connection fails may report the end and no error: the core looks
+/// for the error before it waits for the socket's lock, and for the end after it.
+pub fn expect_pollerr(agent: &Agent, fd: i32) -> Result<()> {
+    wait_for("POLLERR", || {
+        Ok(agent.poll(fd, 0, Duration::ZERO)? & libc::POLLERR != 0)
+    })
+}
+
 /// The host's end of one connection, played by the test packet by packet.
 pub struct Peer<'a> {
     guest: &'a Guest,

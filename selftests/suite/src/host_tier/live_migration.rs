@@ -17,7 +17,7 @@ use serde_json::json;
 use super::nested::{NestedGuest, NestedHost};
 use super::HOST_CID;
 use crate::agent::{sh_ok, Agent, CallError, Pending};
-use crate::lab::{expect_eq, expect_errno, wait_for, A_WHILE, CID_ANY, LIMIT};
+use crate::lab::{expect_eq, expect_errno, expect_pollerr, wait_for, A_WHILE, CID_ANY, LIMIT};
 use crate::qmp::MigrationFigures;
 use crate::sockets::{Call, HowFar, ESTABLISHED, LISTEN, SEQPACKET, STREAM};
 use crate::Driver;
@@ -641,15 +641,6 @@ fn expect_reset_of_pattern(what: &str, how_far: &HowFar) -> Result<()> {
         how_far.error.as_deref() == Some("ECONNRESET"),
         "{what}: {:?} instead of ECONNRESET",
         how_far.error
-    );
-    Ok(())
-}
-
-fn expect_pollerr(guest: &Agent, fd: i32) -> Result<()> {
-    let poll = guest.poll(fd, libc::POLLRDHUP, LIMIT)?;
-    ensure!(
-        poll & libc::POLLERR != 0,
-        "poll() says {poll:#x}, without POLLERR"
     );
     Ok(())
 }

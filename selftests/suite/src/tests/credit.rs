@@ -11,7 +11,8 @@ use vsock_device::{Op, Packet};
 
 use super::stream::HOST;
 use crate::lab::{
-    expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT, SEQPACKET, STREAM,
+    expect_eq, expect_errno, expect_pollerr, wait_for, Guest, Lab, Peer, A_WHILE, LIMIT, PORT,
+    SEQPACKET, STREAM,
 };
 
 /// `SO_VM_SOCKETS_BUFFER_SIZE` and its limits, level `AF_VSOCK`.
@@ -102,12 +103,7 @@ pub fn peer_exceeds_its_credit(lab: &Lab) -> Result<()> {
         sent += part.len();
     }
     peer.find(Op::RST)?;
-    // No events are asked for: POLLERR and POLLHUP come without.
-    let poll = guest.poll(fd, 0, LIMIT)?;
-    ensure!(
-        poll & libc::POLLERR != 0,
-        "poll() says {poll:#x}, without POLLERR"
-    );
+    expect_pollerr(&guest, fd)?;
     expect_eq(
         "SO_ERROR",
         guest.option(fd, libc::SOL_SOCKET, libc::SO_ERROR, 4)?,

@@ -13,8 +13,8 @@ use vsock_device::packet::{SEQ_EOM, SHUTDOWN_RCV, SHUTDOWN_SEND};
 use vsock_device::{Op, Packet, HOST_CID};
 
 use crate::lab::{
-    accept_at_host, expect_eq, expect_errno, wait_for, Guest, Lab, Peer, A_WHILE, CID_ANY,
-    GUEST_CID, LIMIT, PORT, PORT_ANY, SEQPACKET, STREAM,
+    accept_at_host, expect_eq, expect_errno, expect_pollerr, wait_for, Guest, Lab, Peer, A_WHILE,
+    CID_ANY, GUEST_CID, LIMIT, PORT, PORT_ANY, SEQPACKET, STREAM,
 };
 use crate::machine::DEFAULT_RING;
 
@@ -27,11 +27,7 @@ fn wait_for_cid(guest: &Guest, cid: u32) -> Result<()> {
 
 /// What the application sees of a connection that was reset: ECONNRESET, then the end, as with TCP.
 fn expect_reset(guest: &Guest, fd: i32) -> Result<()> {
-    let poll = guest.poll(fd, libc::POLLIN | libc::POLLRDHUP, LIMIT)?;
-    ensure!(
-        poll & libc::POLLERR != 0,
-        "poll() says {poll:#x}, without POLLERR"
-    );
+    expect_pollerr(guest, fd)?;
     expect_errno("recv()", guest.recv(fd, 1), "ECONNRESET")?;
     expect_eq("the next recv()", guest.recv(fd, 1)?, String::new())?;
     expect_errno("the next send()", guest.send(fd, "x"), "EPIPE")
@@ -341,9 +337,7 @@ pub fn so_error(lab: &Lab) -> Result<()> {
             Ok(guest.poll(fd, libc::POLLIN, Duration::ZERO)? != 0)
         })?;
         guest.device.transport_reset(u64::from(GUEST_CID));
-        wait_for("POLLERR", || {
-            Ok(guest.poll(fd, libc::POLLIN, Duration::ZERO)? & libc::POLLERR != 0)
-        })?;
+        expect_pollerr(&guest, fd)?;
         expect_eq("SO_ERROR", error_of(&guest, fd)?, libc::ECONNRESET)?;
         expect_eq("SO_ERROR again", error_of(&guest, fd)?, 0)?;
         expect_eq("recv()", guest.recv(fd, 1)?, String::new())?;
@@ -456,9 +450,7 @@ pub fn silence_afterwards(lab: &Lab) -> Result<()> {
     wait_for("the data", || Ok(guest.siocinq(fd)? == LEN as i32))?;
     expect_eq("bytes read", guest.recv_len(fd, LEN)?, LEN)?;
     guest.device.transport_reset(u64::from(GUEST_CID));
-    wait_for("the reset", || {
-        Ok(guest.poll(fd, libc::POLLIN, Duration::ZERO)? & libc::POLLERR != 0)
-    })?;
+    expect_pollerr(&guest, fd)?;
     // No peer could send so much that does not know of what was read.
     let low_water = 250_000_i32.to_ne_bytes();
     guest.set_option(fd, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &low_water)?;
