@@ -394,9 +394,6 @@ impl VsockDriver {
         let Some(connection) = socket.connection::<Self>() else {
             return Closed::Now;
         };
-        if connection.reset_state() != ResetState::No {
-            return Closed::Now;
-        }
         match socket.state() {
             SocketState::Established | SocketState::Closing => {}
             SocketState::Connecting => {
@@ -406,11 +403,7 @@ impl VsockDriver {
             }
             SocketState::Closed | SocketState::Listening => return Closed::Now,
         }
-        if socket.peer_shutdown() == Directions::BOTH {
-            // The peer has closed, this is the answer. It may have been given already.
-            if !socket.is_done() {
-                self.send_final_reset(socket, connection, ControlPacket::of(Op::Rst));
-            }
+        if self.has_ended(socket, connection) {
             return Closed::Now;
         }
         // After any other error the peer is told by RST, once the close timeout is over.
@@ -419,20 +412,29 @@ impl VsockDriver {
             return Closed::Now;
         }
         socket.linger();
-        // Meanwhile the peer may have answered, or the device have lost the connection.
+        // Meanwhile the peer may have closed or answered, or the device have lost the connection.
         let Some(connection) = socket.connection::<Self>() else {
             return Closed::Now;
         };
-        if socket.is_done() || connection.reset_state() != ResetState::No {
-            return Closed::Now;
-        }
-        if socket.peer_shutdown() == Directions::BOTH {
-            // With something unread, so that it was not answered.
-            self.send_final_reset(socket, connection, ControlPacket::of(Op::Rst));
+        if self.has_ended(socket, connection) {
             return Closed::Now;
         }
         socket.schedule_close::<Self>(&self.work_at_once, msecs_to_jiffies(CLOSE_TIMEOUT_MS));
         Closed::Later
+    }
+
+    /// Whether the connection of a socket that is being closed was reset, or has been closed by the peer. Where something is unread
+    /// the peer has got no answer yet: this gives it.
+    fn has_ended(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) -> bool {
+        if connection.reset_state() != ResetState::No {
+            return true;
+        }
+        // Also where the peer has answered our own SHUTDOWN.
+        let is_closed_by_peer = socket.peer_shutdown() == Directions::BOTH;
+        if is_closed_by_peer && !socket.is_done() {
+            self.send_final_reset(socket, connection, ControlPacket::of(Op::Rst));
+        }
+        is_closed_by_peer
     }
 
     fn send_shutdown(

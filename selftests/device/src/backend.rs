@@ -185,9 +185,6 @@ impl Backend {
                     used[queue] = true;
                 }
                 silent_events = used[EVENT] && std::mem::take(&mut state.silent_events);
-                state.posted = (rings[RX].posted(), rings[EVENT].posted());
-                state.started = true;
-                device.changed.notify_all();
             }
             for (queue, ring) in rings.iter().enumerate() {
                 let silent = queue == EVENT && silent_events;
@@ -198,6 +195,13 @@ impl Backend {
             // Whatever the guest added before it knew that it has to notify is looked at now. That may be the buffer
             // for a packet which found none above.
             let available = std::array::from_fn(|queue| rings[queue].enable_notification());
+            {
+                // Buffers that the guest adds after this make it notify.
+                let mut state = lock(&device.state);
+                state.posted = (rings[RX].posted(), rings[EVENT].posted());
+                state.started = true;
+                device.changed.notify_all();
+            }
             if !goes_on(device, available) {
                 break;
             }

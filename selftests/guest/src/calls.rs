@@ -400,7 +400,7 @@ fn without_end() -> u64 {
 fn send_pattern(wanted: &Pattern, sent: &mut u64) -> Result<()> {
     let sender = Sender::new(wanted.fd);
     let mut buffer = vec![0; PATTERN_PART];
-    while *sent < wanted.len && !sender.is_ended() {
+    while *sent < wanted.len {
         let part = PATTERN_PART.min((wanted.len - *sent) as usize);
         pattern::fill(&mut buffer[..part], wanted.seed, *sent);
         let mut done = 0;
@@ -408,6 +408,9 @@ fn send_pattern(wanted: &Pattern, sent: &mut u64) -> Result<()> {
             let len = sys::send(wanted.fd, &buffer[done..part], 0)?;
             done += len;
             *sent += len as u64;
+        }
+        if sender.is_ended() {
+            break;
         }
     }
     Ok(())
@@ -439,13 +442,15 @@ fn how_far(bytes: u64, result: Result<()>) -> Value {
 fn send_messages(wanted: &Messages) -> Result<Value> {
     let sender = Sender::new(wanted.fd);
     let mut sent = 0;
-    while !sender.is_ended() {
+    loop {
         let message = pattern::message(wanted.seed, sent);
         let len = sys::send(wanted.fd, &message, 0)?;
         ensure!(len == message.len(), "{len} of {} bytes", message.len());
         sent += 1;
+        if sender.is_ended() {
+            return Ok(json!(sent));
+        }
     }
-    Ok(json!(sent))
 }
 
 /// Receives messages of a pattern up to the end; says how many came. An error where one differs, in its length too.

@@ -29,6 +29,7 @@ impl Sender {
         Self { fd, ended }
     }
 
+    /// Asked after each part: whoever ends it is not sooner than the first.
     pub fn is_ended(&self) -> bool {
         self.ended.load(Ordering::Relaxed)
     }

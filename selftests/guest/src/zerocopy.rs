@@ -51,7 +51,7 @@ pub fn send_pattern(fd: RawFd, seed: u64, len: u64) -> Result<u64> {
     enable(fd)?;
     let sender = Sender::new(fd);
     let (mut sent, mut calls, mut completed) = (0, 0, 0);
-    while sent < len && !sender.is_ended() {
+    while sent < len {
         let mut bytes = vec![0; WINDOW.min(len - sent) as usize];
         pattern::fill(&mut bytes, seed, sent);
         let mut rest = &bytes[..];
@@ -72,6 +72,9 @@ pub fn send_pattern(fd: RawFd, seed: u64, len: u64) -> Result<u64> {
             sys::poll(fd, 0, LOOK_AGAIN_MS)?;
         }
         sent += bytes.len() as u64;
+        if sender.is_ended() {
+            break;
+        }
     }
     note_completions(fd, &mut completed)?;
     Ok(sent)

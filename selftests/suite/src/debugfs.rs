@@ -18,6 +18,12 @@ impl Agent {
         self.number_in_debugfs("queues", name)
     }
 
+    /// Waits until our driver has handled what it has begun with of packets and events: it reads the lengths of its queues with
+    /// their locks held. A counter or a CID may be seen before that.
+    pub fn wait_handled(&self) -> Result<()> {
+        self.queue_length("rx_buffers").map(drop)
+    }
+
     fn number_in_debugfs(&self, file: &str, name: &str) -> Result<i64> {
         let show = format!("cat /sys/kernel/debug/virtio_vsock_rs/{file}");
         let text = sh_ok(self, &show, LIMIT)?;

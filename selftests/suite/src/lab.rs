@@ -809,7 +809,8 @@ impl<'a> Peer<'a> {
     pub fn accept(guest: &'a Guest, fd: i32) -> Result<Self> {
         let mut peer = Self::new(guest);
         let connecting = guest.start_connect(fd, HOST_CID as u32, PORT);
-        let request = peer.expect(Op::REQUEST)?;
+        // The last packets of an earlier connection may be before it.
+        let request = peer.find(Op::REQUEST)?;
         peer.template.src_port = PORT;
         peer.template.dst_port = request.src_port;
         peer.template.socket_type = request.socket_type;

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::{json, Value};
 
 use crate::agent::{Agent, CallError, Pending};
-use crate::lab::{CID_ANY, LIMIT};
+use crate::lab::{wait_for, CID_ANY, LIMIT};
 
 /// The result of a system call in a machine.
 pub type Call<T> = Result<T, CallError>;
@@ -166,6 +166,13 @@ impl Agent {
     pub fn start_recv_pattern_until_error(&self, fd: i32, seed: u64) -> Pending {
         let params = json!({"fd": fd, "seed": seed, "len": u64::MAX});
         self.start("recv_pattern_until_error", params)
+    }
+
+    /// Lets a call end that sends on a socket until this; it may not have begun yet.
+    pub fn end_sending(&self, fd: i32) -> Result<()> {
+        wait_for("the call that sends to be there", || {
+            Ok(self.start("end_sending", json!({"fd": fd})).wait(LIMIT)?)
+        })
     }
 
     pub fn shutdown(&self, fd: i32, how: i32) -> Call<()> {

@@ -290,7 +290,11 @@ pub fn packets_that_wait(lab: &Lab) -> Result<()> {
     }
     // A connection that is being made meanwhile.
     let connecting = guest.socket(STREAM)?;
+    let waiting = guest.queue_length("tx_waiting")?;
     let connect = guest.start_connect(connecting, OLD_HOST as u32, HOST_PORT);
+    wait_for("the request to wait", || {
+        Ok(guest.queue_length("tx_waiting")? > waiting)
+    })?;
     guest.device.update_cids(&update(vec![tuple(HOST_PORT)]));
     guest.wait_counter("cid_updates", 1)?;
     guest.device.hold_tx(false);

@@ -251,7 +251,7 @@ pub fn unreadable_end(lab: &Lab) -> Result<()> {
         let sent: Call<usize> = guest.start("send_bytes", params).wait(LIMIT);
         expect_errno("send()", sent, error)?;
         peer.expect_silence()?;
-        expect_eq("SIOCOUTQ", guest.siocoutq(fd)?, 0)?;
+        wait_for("SIOCOUTQ to be 0", || Ok(guest.siocoutq(fd)? == 0))?;
         expect_eq("send() of the next", send(&guest, fd, LEN, 0)?, LEN)?;
         expect_message(&peer, LEN)?;
         // All the credit came back, and no pages are in use.

@@ -309,9 +309,7 @@ struct Way {
 impl Way {
     /// Ends it, and compares what was sent with what came.
     fn end(self, sender: &Guest) -> Result<()> {
-        sender
-            .start("end_sending", json!({"fd": self.fd}))
-            .wait::<bool>(LIMIT)?;
+        sender.end_sending(self.fd)?;
         let sent: u64 = self.sending.wait(LIMIT).context("a sender")?;
         sender.shutdown(self.fd, libc::SHUT_WR)?;
         let received: u64 = self.receiving.wait(LIMIT).context("a receiver")?;

@@ -285,6 +285,8 @@ pub fn counters(lab: &Lab) -> Result<()> {
         peer.find(Op::SHUTDOWN)?;
         peer.find(Op::RST).map(drop)
     })?;
+    // The old one may still be found by its port when its RST is sent.
+    peer.set_ports(RESET_PORT, PORT);
     connect(&peer)?;
     expect_counted(
         &guest,
@@ -425,6 +427,9 @@ pub fn spare_buffers(lab: &Lab) -> Result<()> {
         Ok(guest.siocinq(fd)? as usize == half * LONG)
     })?;
     expect_lengths(&guest, &[("rx_spare_buffers", 0)])?;
+    wait_for("the device to have used what was sent", || {
+        Ok(guest.siocoutq(fd)? == 0)
+    })?;
     let kept = guest.queue_length("tx_spare_buffers")?;
     guest.device.hold_tx(true);
     guest.send(fd, &"y".repeat(LONG))?;

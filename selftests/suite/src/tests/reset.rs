@@ -46,6 +46,7 @@ pub fn new_cid(lab: &Lab) -> Result<()> {
     guest.device.transport_reset(u64::from(GUEST_CID + 7));
     wait_for_cid(&guest, GUEST_CID + 7)?;
     expect_reset(&guest, reader)?;
+    expect_pollerr(&guest, writer)?;
     expect_errno("send()", guest.send(writer, "x"), "ECONNRESET")?;
     expect_errno("the next send()", guest.send(writer, "x"), "EPIPE")?;
     expect_eq("recv() after that", guest.recv(writer, 1)?, String::new())?;
@@ -139,6 +140,7 @@ pub fn same_cid_and_blocked_calls(lab: &Lab) -> Result<()> {
     reading.expect_blocked(A_WHILE)?;
     sending.expect_blocked(A_WHILE)?;
     polling.expect_blocked(A_WHILE)?;
+    guest.wait_counter("credit_stalls", 1)?;
     guest.device.transport_reset(u64::from(GUEST_CID));
     expect_errno(
         "the blocked recv()",
@@ -254,6 +256,7 @@ pub fn reader_with_a_part(lab: &Lab) -> Result<()> {
     stream.write_all(b"a part")?;
     // It is the reader's when there is nothing to be read any more.
     guest.wait_counter("rx_bytes", 6)?;
+    guest.wait_handled()?;
     wait_for(
         "the reader to take the part",
         || Ok(guest.siocinq(fd)? == 0),
@@ -383,6 +386,7 @@ pub fn half_closed(lab: &Lab) -> Result<()> {
         guest.send(no_more_sending, "x"),
         "EPIPE",
     )?;
+    expect_pollerr(&guest, peer_sends_no_more)?;
     expect_errno(
         "recv() after the peer's shutdown",
         guest.recv(peer_sends_no_more, 1),
@@ -720,6 +724,7 @@ pub fn attempt_that_waits(lab: &Lab) -> Result<()> {
     let cid = GUEST_CID + 1;
     guest.device.transport_reset(u64::from(cid));
     wait_for_cid(&guest, cid)?;
+    guest.wait_handled()?;
     guest.device.hold_tx(false);
     let request = peer.find(Op::REQUEST)?;
     let shutdown = peer.expect(Op::SHUTDOWN)?;

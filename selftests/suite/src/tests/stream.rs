@@ -659,7 +659,8 @@ fn use_connections(guest: &Guest, peer: &Peer, listener: i32, count: u32) -> Res
     let mut last = peer.packet(Op::RW);
     last.dst_port = PORT + 1;
     guest.device.inject(last);
-    peer.find(Op::RST)?;
+    // A socket whose peer was answered late sends one, too.
+    while peer.find(Op::RST)?.src_port != PORT + 1 {}
     Ok(())
 }
 
@@ -677,7 +678,8 @@ pub fn many_connections(lab: &Lab) -> Result<()> {
     let before = guest.available_memory()?;
     use_connections(&guest, &peer, listener, COUNT)?;
     crate::lab::wait_for("the memory of the connections to come back", || {
-        // A connection takes about 4 KiB and its data another page: together some 25 MiB.
-        Ok(before - guest.available_memory()? < 4 * 1024)
+        // A connection takes about 4 KiB and its data another page: together some 25 MiB. The threads that close them
+        // leave some, too.
+        Ok(before - guest.available_memory()? < 10 * 1024)
     })
 }

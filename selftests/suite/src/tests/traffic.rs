@@ -386,9 +386,7 @@ impl GuestEnd {
         let reading = std::thread::spawn(move || program.receive_all().map(|()| program.received));
         let mut sent = 0;
         if let Some(sending) = self.sending {
-            guest
-                .start("end_sending", json!({"fd": self.fd}))
-                .wait::<bool>(LIMIT)?;
+            guest.end_sending(self.fd)?;
             sent = sending.wait::<u64>(LIMIT).context("the guest's writer")?;
         }
         if self.kind != Kind::GuestIsDone {
