@@ -199,7 +199,6 @@ impl Backend {
                 // Buffers that the guest adds after this make it notify.
                 let mut state = lock(&device.state);
                 state.posted = (rings[RX].posted(), rings[EVENT].posted());
-                state.started = true;
                 device.changed.notify_all();
             }
             if !goes_on(device, available) {
@@ -339,9 +338,15 @@ impl VhostUserBackend for Backend {
         new_event_consumer_and_notifier(EventFlag::NONBLOCK | EventFlag::CLOEXEC).ok()
     }
 
-    fn stop_vring(&self, _queue: u32) -> Result<()> {
+    fn stop_vring(&self, queue: u32) -> Result<()> {
         // The library has marked the queue: whoever works on it by now is the last one.
-        drop(lock(&self.working));
+        let _working = lock(&self.working);
+        let mut state = lock(&self.device.state);
+        match queue as usize {
+            RX => state.posted.0 = 0,
+            EVENT => state.posted.1 = 0,
+            _ => (),
+        }
         Ok(())
     }
 

@@ -141,7 +141,6 @@ pub(crate) struct State {
     pub(crate) held: HashMap<BetweenGuests, Vec<Packet>>,
     /// Buffers that the driver has posted and the device not used: receive queue, event queue.
     pub(crate) posted: (u16, u16),
-    pub(crate) started: bool,
     /// Whether another device has stopped taking packets because too many wait here.
     pub(crate) others_wait: bool,
 }
@@ -394,7 +393,7 @@ impl Device {
     /// Waits until the driver has posted receive and event buffers.
     pub fn wait_ready(&self, limit: Duration) -> Result<()> {
         self.wait_until("the driver to post its buffers", limit, |state| {
-            state.started && state.posted.0 > 0 && state.posted.1 > 0
+            state.posted.0 > 0 && state.posted.1 > 0
         })
     }
 
