@@ -19,7 +19,7 @@ JOBS=${JOBS:-$(nproc)}
 BASE_SUITE=${SUITE%-backports}            # the suite that has the compilers
 ROOT=${ROOT_FOLDER:-$VSOCK_CACHE/root/$SUITE}   # the toolchain root, or another one that in-root is to enter
 LOGS=$VSOCK_CACHE/log
-DOWNLOAD_RETRIES=10                       # of each file
+DOWNLOAD_RETRIES=10                       # of each file, where the connection is at fault
 
 # --- Messages -----------------------------------------------------------------------------------------------------
 
@@ -98,6 +98,26 @@ explain_failure() {
         die "a package is gone from $SUITE: $description" "'make update', or another SUITE=, KERNEL_VERSION= or FLAVOUR="
     fi
     die "$description (the whole log: $log)" "see the log, then run the same command again: what is done stays done"
+}
+
+# again COMMAND...: runs a command that downloads, up to three times: apt and cargo do not ask a second time where a server
+# or a proxy answers that it cannot just now. For steps: it needs `set -e`.
+again() {
+    local attempt status
+    for attempt in 1 2 3; do
+        # Not `if (...)` nor `(...) ||`: these would switch off `set -e` inside.
+        set +e
+        (
+            set -e
+            "$@"
+        )
+        status=$?
+        set -e
+        ((status != 0)) || return 0
+        say "attempt $attempt has failed: $*"
+        ((attempt == 3)) || sleep $((attempt * 20))
+    done
+    return "$status"
 }
 
 # --- Cache --------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@
 
 # Sets KERNEL, KERNEL_DIR and KERNEL_TREE. Which release the defaults mean is asked from the mirror once and kept.
 resolve_kernel() {
-    local record pattern names
+    local record pattern
     ! is_own_kernel || resolve_own_kernel
     if [[ -z $KERNEL ]]; then
         record=$VSOCK_CACHE/kernel-release/$SUITE/$FLAVOUR/$KERNEL_VERSION
@@ -17,9 +17,7 @@ resolve_kernel() {
             ensure_root
             pattern=${KERNEL_VERSION//./\\.}
             pattern="^linux-headers-${pattern//\*/[0-9.]+}(\\+[a-z0-9]+)?-$FLAVOUR\$"
-            names=$(in_root apt-cache pkgnames linux-headers-)
-            KERNEL=$(grep -E "$pattern" <<<"$names" | sort -V | tail -n 1) || true
-            KERNEL=${KERNEL#linux-headers-}
+            KERNEL=$(newest_kernel "$pattern")
             [[ -n $KERNEL ]] || die "$SUITE has no kernel $KERNEL_VERSION of the flavour $FLAVOUR" \
                 "'make update' for new package lists, or another SUITE=, KERNEL_VERSION= or FLAVOUR="
             mkdir -p "$(dirname "$record")"
@@ -33,6 +31,32 @@ resolve_kernel() {
     KERNEL_TREE=$KERNEL_DIR/tree
 }
 
+# The newest release whose headers have a name that matches a pattern, and whose source the suite has, too; nothing where there is
+# none. The archive gets the packages of a new version one after the other.
+newest_kernel() {
+    local names name version sources
+    names=$(in_root apt-cache pkgnames linux-headers-)
+    names=$(grep -E "$1" <<<"$names" | sort -rV) || return 0
+    for name in $names; do
+        version=$(package_version "$name")
+        sources=$(in_root apt-cache madison "linux-source-$(series_of "${name#linux-headers-}")")
+        if grep -qF " $version " <<<"$sources"; then
+            say "${name#linux-headers-}"
+            return 0
+        fi
+    done
+}
+
+# The version of a package that is taken.
+package_version() {
+    in_root apt-cache show --no-all-versions "$1" | sed -n 's/^Version: //p'
+}
+
+# The series of a release, such as 7.3.
+series_of() {
+    grep -oE '^[0-9]+\.[0-9]+' <<<"$1"
+}
+
 # Forgets which release the defaults mean, and asks the mirror anew.
 update_kernel_release() {
     update_root_lists
@@ -42,6 +66,16 @@ update_kernel_release() {
 # download_packages FOLDER NAME...: downloads packages and unpacks them, uninstalled, into a folder.
 download_packages() {
     local folder=$1 package
+    again fetch_packages "$@"
+    for package in "$folder"/packages/*.deb; do
+        in_root dpkg -x "$package" "$folder"
+    done
+    discard "$folder/packages"
+}
+
+# fetch_packages FOLDER NAME...: downloads packages into packages/ of a folder.
+fetch_packages() {
+    local folder=$1
     shift
     discard "$folder"
     mkdir -p "$folder/packages"
@@ -50,17 +84,13 @@ download_packages() {
         in_root apt-get update
         in_root env --chdir="$folder/packages" apt-get download "$@"
     }
-    for package in "$folder"/packages/*.deb; do
-        in_root dpkg -x "$package" "$folder"
-    done
-    discard "$folder/packages"
 }
 
 # The version of the package that has a release, which that of its source must be.
 kernel_package_version() {
     local stock=$KERNEL
     ! is_own_kernel || stock=$(stock_kernel_of)
-    in_root apt-cache show --no-all-versions "linux-headers-$stock" | sed -n 's/^Version: //p'
+    package_version "linux-headers-$stock"
 }
 
 # Sets KERNEL_SOURCE to the release's source, unpacked.
@@ -77,7 +107,7 @@ ensure_kernel_source() {
     version=$(<"$KERNEL_DIR/package-version")
     KERNEL_SOURCE=$VSOCK_CACHE/source/linux-$version
     [[ ! -d $KERNEL_SOURCE ]] || return 0
-    series=$(grep -oE '^[0-9]+\.[0-9]+' <<<"$KERNEL")
+    series=$(series_of "$KERNEL")
     new=$KERNEL_SOURCE.new
     discard "$new"
     need_space 2500 "the kernel source"

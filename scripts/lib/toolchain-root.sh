@@ -66,17 +66,17 @@ install_prerequisites() {
     command -v apt-get >/dev/null ||
         die "this machine lacks ${missing[*]} and has no apt-get" "use a Debian machine, bookworm or later"
     say "  this machine lacks ${missing[*]}: installing"
-    step "update the machine's package lists" update_machine_lists
-    step "install ${missing[*]}" env DEBIAN_FRONTEND=noninteractive \
-        apt-get -o DPkg::Lock::Timeout=300 -o "Acquire::Retries=$DOWNLOAD_RETRIES" \
-        install --yes --no-install-recommends "${missing[@]}"
+    step "install ${missing[*]}" install_on_machine "${missing[@]}"
 }
 
-# A machine that has just begun may be busy with updates of its own, and apt-get does not wait for the lists' lock.
-update_machine_lists() {
+# A machine that has just begun may be busy with updates of its own, and apt-get does not wait for the lists' lock. Its status
+# says nothing: it is 0 where nothing could be downloaded, and another one where a list is missing that is not needed.
+install_on_machine() {
     local attempt
     for ((attempt = 1; attempt <= 10; attempt++)); do
-        ! apt-get update || return 0
+        apt-get -o "Acquire::Retries=$DOWNLOAD_RETRIES" update || true
+        ! DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o "Acquire::Retries=$DOWNLOAD_RETRIES" \
+            install --yes --no-install-recommends "$@" || return 0
         sleep 10
     done
     return 1
@@ -84,7 +84,7 @@ update_machine_lists() {
 
 # make_root NEW_FOLDER MIRROR PACKAGE...: without a mirror mmdebstrap takes Debian's default.
 make_root() {
-    local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences said=$VSOCK_CACHE/root/said options=() option
+    local new=$1 mirror=$2 preferences=$VSOCK_CACHE/root/preferences options=() option
     shift 2
     options+=("--include=$(IFS=, && say "$*")")
     write_root_preferences >"$preferences"
@@ -93,19 +93,26 @@ make_root() {
         options+=("--setup-hook=sed -n 's/ $BASE_SUITE main\$/ $SUITE main/p' \"\$1/etc/apt/sources.list\" |
             tee -a \"\$1/etc/apt/sources.list\"")
     fi
-    # The machine's proxy and TLS settings hold for the root as well.
+    # The machine's proxy and TLS settings hold for the root as well, and what it does where its clock is wrong.
     while read -r option; do
         options+=("--aptopt=$option")
-    done < <(apt-config dump | grep -iE '^Acquire::https?::' | grep -v ' "";$')
+    done < <(apt-config dump | grep -iE '^Acquire::(https?::|Check-Date )' | grep -v ' "";$')
+    again install_root_from_any_lists "$new" "$mirror" "${options[@]}"
+}
+
+# install_root_from_any_lists NEW_FOLDER MIRROR OPTION...: also where the mirror's lists have expired.
+install_root_from_any_lists() {
+    local new=$1 said=$VSOCK_CACHE/root/said status
+    discard "$new"
     # Not `if`: that would switch off `set -e` inside.
     set +e
-    (set -e && install_root "$new" "$mirror" "${options[@]}") 2>&1 | tee "$said"
-    local status=${PIPESTATUS[0]}
+    (set -e && install_root "$@") 2>&1 | tee "$said"
+    status=${PIPESTATUS[0]}
     set -e
     ((status != 0)) || return 0
     grep -qE "$EXPIRED" "$said" || return "$status"
     discard "$new"
-    install_root "$new" "$mirror" "${options[@]}" --aptopt="$ACCEPT_EXPIRED"
+    install_root "$@" --aptopt="$ACCEPT_EXPIRED"
 }
 
 # install_root NEW_FOLDER MIRROR OPTION...
@@ -144,5 +151,5 @@ ensure_root() {
 
 # Asks the mirror for its newest package lists.
 update_root_lists() {
-    step "update the root's package lists" in_root apt-get update
+    step "update the root's package lists" again in_root apt-get update
 }

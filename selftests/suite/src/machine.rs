@@ -182,6 +182,8 @@ pub enum BadBoot {
     Ended(ExitStatus),
     /// In a nested host, QEMU says [`EXIT_DURING_DELIVERY`], and the kernel nothing of a fault.
     ExitDuringDelivery,
+    /// In a nested host, TCG has given the kernel an interrupt that was disabled, and it hangs.
+    ForcedInterrupt,
 }
 
 /// What QEMU in a nested host says when its KVM is told by TCG's SVM that the guest exits while an interrupt is delivered to it;
@@ -217,6 +219,7 @@ impl std::fmt::Display for BadBoot {
             Self::FoundFault(fault) => write!(f, "the kernel said before its init: {fault}"),
             Self::Ended(status) => write!(f, "QEMU ended with {status} before the kernel's init"),
             Self::ExitDuringDelivery => write!(f, "QEMU said: {EXIT_DURING_DELIVERY}"),
+            Self::ForcedInterrupt => write!(f, "TCG has given it an interrupt that was disabled"),
         }
     }
 }

@@ -25,6 +25,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
+use super::has_forced_interrupt;
 use crate::agent::{sh_ok, Agent};
 use crate::initramfs::{output_of, Initramfs};
 use crate::lab::{wait_for, LIMIT};
@@ -196,26 +197,29 @@ impl NestedHost {
         let qemu = self
             .start_qemu(&spec, spec.cid, "")
             .with_context(|| format!("starting QEMU for {what} in the nested host"))?;
-        let console = self.machine.port_file(&spec.console_port());
-        if let Err(error) = agent.wait_ready(false, BOOT_LIMIT) {
-            let said = self.qemu_says(spec.cid);
-            let has_fault = !faults(&read_log(&console)).is_empty();
+        let mut guest = NestedGuest {
+            console: self.machine.port_file(&spec.console_port()),
+            spec,
+            agent,
+            qemu,
+        };
+        if let Err(error) = guest.agent.wait_ready(false, BOOT_LIMIT) {
+            let said = self.qemu_says(guest.cid());
+            let has_fault = !faults(&read_log(&guest.console)).is_empty();
             let error = if said.contains(EXIT_DURING_DELIVERY) && !has_fault {
                 BadBoot::ExitDuringDelivery.into()
+            } else if self.dump(&mut guest).is_ok()
+                && has_forced_interrupt(&read_log(&guest.console))
+            {
+                BadBoot::ForcedInterrupt.into()
             } else {
                 error
             };
             return Err(error).context(format!(
                 "{what} did not boot; QEMU in the nested host says: {said:?}; its console is {}",
-                console.display()
+                guest.console.display()
             ));
         }
-        let guest = NestedGuest {
-            spec,
-            agent,
-            console,
-            qemu,
-        };
         sh_ok(
             &guest.agent,
             &format!("ifconfig lo 127.0.0.1 up && ifconfig eth0 {GUEST_ADDRESS} netmask 255.255.255.0 up"),
