@@ -403,7 +403,7 @@ impl VsockDriver {
             }
             SocketState::Closed | SocketState::Listening => return Closed::Now,
         }
-        if self.has_ended(socket, connection) {
+        if self.answer_if_ended(socket, connection) {
             return Closed::Now;
         }
         // After any other error the peer is told by RST, once the close timeout is over.
@@ -416,7 +416,7 @@ impl VsockDriver {
         let Some(connection) = socket.connection::<Self>() else {
             return Closed::Now;
         };
-        if self.has_ended(socket, connection) {
+        if self.answer_if_ended(socket, connection) {
             return Closed::Now;
         }
         socket.schedule_close::<Self>(&self.work_at_once, msecs_to_jiffies(CLOSE_TIMEOUT_MS));
@@ -425,11 +425,15 @@ impl VsockDriver {
 
     /// Whether the connection of a socket that is being closed was reset, or has been closed by the peer. Where something is unread
     /// the peer has got no answer yet: this gives it.
-    fn has_ended(&self, socket: &LockedSocket<'_>, connection: ArcBorrow<'_, Connection>) -> bool {
+    fn answer_if_ended(
+        &self,
+        socket: &LockedSocket<'_>,
+        connection: ArcBorrow<'_, Connection>,
+    ) -> bool {
         if connection.reset_state() != ResetState::No {
             return true;
         }
-        // Also where the peer has answered our own SHUTDOWN.
+        // Of one that is done, too: it has come to its end by the peer, or by a reset.
         let is_closed_by_peer = socket.peer_shutdown() == Directions::BOTH;
         if is_closed_by_peer && !socket.is_done() {
             self.send_final_reset(socket, connection, ControlPacket::of(Op::Rst));

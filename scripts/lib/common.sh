@@ -100,10 +100,11 @@ explain_failure() {
     die "$description (the whole log: $log)" "see the log, then run the same command again: what is done stays done"
 }
 
-# again COMMAND...: runs a command that downloads, up to three times: apt and cargo do not ask a second time where a server
-# or a proxy answers that it cannot just now. For steps: it needs `set -e`.
+# again COMMAND...: runs a command that downloads, up to three times: apt does not ask a second time where a server or a proxy
+# answers that it cannot just now, nor does cargo after some answers. For steps: it needs `set -e`.
 again() {
     local attempt status
+    trap 'exit 130' INT
     for attempt in 1 2 3; do
         # Not `if (...)` nor `(...) ||`: these would switch off `set -e` inside.
         set +e
@@ -114,7 +115,7 @@ again() {
         status=$?
         set -e
         ((status != 0)) || return 0
-        say "attempt $attempt has failed: $*"
+        say "attempt $attempt has failed: $1"
         ((attempt == 3)) || sleep $((attempt * 20))
     done
     return "$status"

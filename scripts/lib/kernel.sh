@@ -35,12 +35,12 @@ resolve_kernel() {
 # none. The archive gets the packages of a new version one after the other.
 newest_kernel() {
     local names name version sources
-    names=$(in_root apt-cache pkgnames linux-headers-)
+    names=$(in_root apt-cache pkgnames linux-headers-) || return
     names=$(grep -E "$1" <<<"$names" | sort -rV) || return 0
     for name in $names; do
-        version=$(package_version "$name")
-        sources=$(in_root apt-cache madison "linux-source-$(series_of "${name#linux-headers-}")")
-        if grep -qF " $version " <<<"$sources"; then
+        version=$(package_version "$name") || return
+        sources=$(in_root apt-cache madison "linux-source-$(series_of "${name#linux-headers-}")") || return
+        if [[ -n $version && $sources == *" $version "* ]]; then
             say "${name#linux-headers-}"
             return 0
         fi

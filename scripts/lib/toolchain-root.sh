@@ -69,12 +69,13 @@ install_prerequisites() {
     step "install ${missing[*]}" install_on_machine "${missing[@]}"
 }
 
-# A machine that has just begun may be busy with updates of its own, and apt-get does not wait for the lists' lock. Its status
-# says nothing: it is 0 where nothing could be downloaded, and another one where a list is missing that is not needed.
+# A machine that has just begun may be busy with updates of its own, and apt-get does not wait for the lists' lock. The
+# status of `apt-get update` says nothing: it is 0 where nothing could be downloaded, and not where a list is missing that is not
+# needed.
 install_on_machine() {
-    local attempt
-    for ((attempt = 1; attempt <= 10; attempt++)); do
-        apt-get -o "Acquire::Retries=$DOWNLOAD_RETRIES" update || true
+    local started=$SECONDS
+    while ((SECONDS - started < 120)); do
+        apt-get update || true
         ! DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 -o "Acquire::Retries=$DOWNLOAD_RETRIES" \
             install --yes --no-install-recommends "$@" || return 0
         sleep 10
@@ -151,5 +152,5 @@ ensure_root() {
 
 # Asks the mirror for its newest package lists.
 update_root_lists() {
-    step "update the root's package lists" again in_root apt-get update
+    step "update the root's package lists" again in_root apt-get -o APT::Update::Error-Mode=any update
 }

@@ -29,7 +29,7 @@ impl Sender {
         Self { fd, ended }
     }
 
-    /// Asked after each part: whoever ends it is not sooner than the first.
+    /// Whether it was asked to end. Looked at after each part, so at least one part is always sent.
     pub fn is_ended(&self) -> bool {
         self.ended.load(Ordering::Relaxed)
     }

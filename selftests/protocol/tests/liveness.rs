@@ -344,9 +344,9 @@ proptest! {
         Connection::new(&setting, tells_limit).run(&actions);
     }
 
-    /// A reader that is content with a part of a quarter of what can be on its way causes an update for the other three, and never
-    /// for less. Where credit goes back by packets what is left of the quarter holds one: the rest of a larger one that is read
-    /// to the middle would make the reader wait for more sooner.
+    /// A reader that waits for less than a quarter of what can be on its way causes an update for the other three, and never for
+    /// less. Where credit goes back by packets, that holds for packets which fit into the rest of the quarter: of a larger one, which
+    /// is read to its middle, the credit may be needed sooner.
     #[test]
     fn updates_are_few(
         (setting, actions) in setting_and_actions(),

@@ -29,8 +29,8 @@ const PEER_PORTS: u32 = 2;
 /// Each run of `vsock_test` has ports of its own, and this test is the last of its run.
 const LEAVES_REQUESTS: &str = "SOCK_STREAM transport change null-ptr-deref, lockdep warn";
 
-/// A test says this where its timeout of 1 s comes 250 ms late, as it may on busy processors: it is run once more, as often
-/// as this.
+/// A test says this where its timeout of 1 s comes 250 ms late, as it may on busy processors: it is run again, at most
+/// so many times.
 const TOLD_LATE: &str = "too much time in read(2)";
 const MOST_TOLD_LATE: u32 = 5;
 

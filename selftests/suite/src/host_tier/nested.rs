@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::has_forced_interrupt;
+use super::{has_forced_interrupt, without_hang};
 use crate::agent::{sh_ok, Agent};
 use crate::initramfs::{output_of, Initramfs};
 use crate::lab::{wait_for, LIMIT};
@@ -205,12 +205,14 @@ impl NestedHost {
         };
         if let Err(error) = guest.agent.wait_ready(false, BOOT_LIMIT) {
             let said = self.qemu_says(guest.cid());
-            let has_fault = !faults(&read_log(&guest.console)).is_empty();
-            let error = if said.contains(EXIT_DURING_DELIVERY) && !has_fault {
+            let dumped = self.dump(&mut guest);
+            let log = read_log(&guest.console);
+            let has_fault = !faults(without_hang(&log)).is_empty();
+            let error = if has_fault {
+                error
+            } else if said.contains(EXIT_DURING_DELIVERY) {
                 BadBoot::ExitDuringDelivery.into()
-            } else if self.dump(&mut guest).is_ok()
-                && has_forced_interrupt(&read_log(&guest.console))
-            {
+            } else if dumped.is_ok() && has_forced_interrupt(&log) {
                 BadBoot::ForcedInterrupt.into()
             } else {
                 error

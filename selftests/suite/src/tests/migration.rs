@@ -309,8 +309,9 @@ struct Way {
 impl Way {
     /// Ends it, and compares what was sent with what came.
     fn end(self, sender: &Guest) -> Result<()> {
-        sender.end_sending(self.fd)?;
+        let asked = sender.end_sending(self.fd);
         let sent: u64 = self.sending.wait(LIMIT).context("a sender")?;
+        asked?;
         sender.shutdown(self.fd, libc::SHUT_WR)?;
         let received: u64 = self.receiving.wait(LIMIT).context("a receiver")?;
         ensure!(sent > 0, "nothing was sent");

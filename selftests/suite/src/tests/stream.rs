@@ -678,8 +678,7 @@ pub fn many_connections(lab: &Lab) -> Result<()> {
     let before = guest.available_memory()?;
     use_connections(&guest, &peer, listener, COUNT)?;
     crate::lab::wait_for("the memory of the connections to come back", || {
-        // A connection takes about 4 KiB and its data another page: together some 25 MiB. The threads that close them
-        // leave some, too.
-        Ok(before - guest.available_memory()? < 10 * 1024)
+        // A connection takes about 4 KiB and its data another page: together some 25 MiB.
+        Ok(before - guest.available_memory()? < 4 * 1024)
     })
 }

@@ -386,8 +386,9 @@ impl GuestEnd {
         let reading = std::thread::spawn(move || program.receive_all().map(|()| program.received));
         let mut sent = 0;
         if let Some(sending) = self.sending {
-            guest.end_sending(self.fd)?;
+            let asked = guest.end_sending(self.fd);
             sent = sending.wait::<u64>(LIMIT).context("the guest's writer")?;
+            asked?;
         }
         if self.kind != Kind::GuestIsDone {
             guest.shutdown(self.fd, libc::SHUT_WR)?;
