@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 
 use crate::agent::sh_ok;
-use crate::machine::{boot_anew_if_bad, faults, read_log, Env, EXIT_DURING_DELIVERY};
+use crate::machine::{boot_anew_if_bad, faults, read_log, BadBoot, Env, EXIT_DURING_DELIVERY};
 use crate::upstream::{self, Pair, Role, Side, NOT_ENDED, OTHER_PROGRAMS};
 use crate::Driver;
 pub use live_migration::DEFAULT_MIGRATIONS;
@@ -79,6 +79,16 @@ fn has_forced_interrupt(console: &str) -> bool {
     let waits_in = handler.lines().find(|line| line.contains("+0x"));
     hangs_in.contains("RIP: 0010:native_queued_spin_lock_slowpath")
         && waits_in.is_some_and(|line| line.contains("try_to_wake_up+0x"))
+}
+
+/// How the emulation has lost a guest that does not answer, where it has, by what QEMU in the nested host says and by the guest's
+/// console after [`NestedHost::dump`].
+fn emulation_failure(qemu_says: &str, console: &str) -> Option<BadBoot> {
+    if qemu_says.contains(EXIT_DURING_DELIVERY) {
+        Some(BadBoot::ExitDuringDelivery)
+    } else {
+        has_forced_interrupt(console).then_some(BadBoot::ForcedInterrupt)
+    }
 }
 
 /// What one test came to.
@@ -293,11 +303,7 @@ impl<'a> Machines<'a> {
         let state = self.host.dump(&mut self.guest);
         let state = state.unwrap_or_else(|error| format!("{error:#}"));
         eprintln!("the guest does not answer; what QEMU says of it:\n{state}");
-        let why = if state.contains(EXIT_DURING_DELIVERY) {
-            "by TCG's SVM the guest has exited while an interrupt was delivered to it"
-        } else if has_forced_interrupt(&read_log(&self.guest.console)) {
-            "TCG has given the guest an interrupt that was disabled"
-        } else {
+        let Some(why) = emulation_failure(&state, &read_log(&self.guest.console)) else {
             return Ok(false);
         };
         let Some(boots_left) = self.boots_left.checked_sub(1) else {

@@ -25,13 +25,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-use super::{has_forced_interrupt, without_hang};
+use super::{emulation_failure, without_hang};
 use crate::agent::{sh_ok, Agent};
 use crate::initramfs::{output_of, Initramfs};
 use crate::lab::{wait_for, LIMIT};
 use crate::machine::{
-    faults, find_program, read_log, BadBoot, Env, Kind, Machine, Port, BOOT_LIMIT,
-    EXIT_DURING_DELIVERY, FIND_PORT,
+    faults, find_program, read_log, Env, Kind, Machine, Port, BOOT_LIMIT, FIND_PORT,
 };
 use crate::qmp::{MigrationFigures, Monitor};
 use crate::Driver;
@@ -205,18 +204,12 @@ impl NestedHost {
         };
         if let Err(error) = guest.agent.wait_ready(false, BOOT_LIMIT) {
             let said = self.qemu_says(guest.cid());
-            let dumped = self.dump(&mut guest);
+            // What it gives is for people; without it the console shows no trace.
+            let _ = self.dump(&mut guest);
             let log = read_log(&guest.console);
-            let has_fault = !faults(without_hang(&log)).is_empty();
-            let error = if has_fault {
-                error
-            } else if said.contains(EXIT_DURING_DELIVERY) {
-                BadBoot::ExitDuringDelivery.into()
-            } else if dumped.is_ok() && has_forced_interrupt(&log) {
-                BadBoot::ForcedInterrupt.into()
-            } else {
-                error
-            };
+            let bad_boot =
+                emulation_failure(&said, &log).filter(|_| faults(without_hang(&log)).is_empty());
+            let error = bad_boot.map_or(error, Into::into);
             return Err(error).context(format!(
                 "{what} did not boot; QEMU in the nested host says: {said:?}; its console is {}",
                 guest.console.display()
